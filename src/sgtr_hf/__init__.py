@@ -1,0 +1,6 @@
+"""End-to-end scene graph generation for the Hugging Face stack."""
+
+from ._version import __version__
+
+
+__all__ = ["__version__"]

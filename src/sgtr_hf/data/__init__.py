@@ -1,0 +1,1 @@
+"""Scene graph data: schema, synthetic scenes."""

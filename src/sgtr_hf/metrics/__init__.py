@@ -1,0 +1,1 @@
+"""Scene graph and detection metrics."""

@@ -1,0 +1,1 @@
+"""Models: the detector, the predicate node generator, graph assembling."""
