@@ -123,7 +123,9 @@ class SgtrConfig(PreTrainedConfig):
         source, target = (
             (self, self.detector_config) if names_are_given else (self.detector_config, self)
         )
-        target.id2label, target.label2id = dict(source.id2label), dict(source.label2id)
+        target.id2label = dict(source.id2label)
+        for config in (source, target):
+            config.label2id = {name: index for index, name in config.id2label.items()}
 
     @property
     def num_predicates(self) -> int:
