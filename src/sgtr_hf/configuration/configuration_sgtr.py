@@ -28,6 +28,7 @@ class SgtrConfig(PreTrainedConfig):
         feed_forward_dim: Hidden width of its feed-forward blocks.
         dropout: Its dropout.
         activation_function: Activation of its feed-forward blocks.
+        norm_first: Pre-norm layers, as released.
         dynamic_queries: Compose the queries from the entity nodes of the image; else they start
             from zeros.
         entity_position_keys: Tell the subject and object decoders where entity nodes are, by a
@@ -60,7 +61,7 @@ class SgtrConfig(PreTrainedConfig):
         focal_alpha: Positive weight of the focal predicate loss.
         focal_gamma: Exponent of the focal predicate loss.
         auxiliary_loss: Also train the earlier levels of the structural decoder.
-        initializer_range: Standard deviation of new embeddings.
+        initializer_range: Standard deviation of new query embeddings.
         legacy_triplet_matching: Match assembled rows instead of queries, with softmax over
             sigmoid logits, a range of 4096 rows, and the original's resolution of conflicts, which
             reads the wrong row of the cost matrix (`rel_detr_losses.py:573`).
@@ -84,6 +85,7 @@ class SgtrConfig(PreTrainedConfig):
     feed_forward_dim: int = 2048
     dropout: float | int = 0.1
     activation_function: str = "relu"
+    norm_first: bool = True
     dynamic_queries: bool = True
     entity_position_keys: bool = True
     predicate_classification: Literal["focal", "softmax"] = "focal"
@@ -109,7 +111,7 @@ class SgtrConfig(PreTrainedConfig):
     focal_alpha: float | int = 0.25
     focal_gamma: float | int = 2.0
     auxiliary_loss: bool = True
-    initializer_range: float | int = 0.02
+    initializer_range: float | int = 1.0
     legacy_triplet_matching: bool = False
     legacy_focal_normalization: bool = False
 
@@ -126,6 +128,11 @@ class SgtrConfig(PreTrainedConfig):
         target.id2label = dict(source.id2label)
         for config in (source, target):
             config.label2id = {name: index for index, name in config.id2label.items()}
+
+    @property
+    def d_model(self) -> int:
+        """Width, which is the detector's."""
+        return int(self.detector_config.d_model)
 
     @property
     def num_predicates(self) -> int:

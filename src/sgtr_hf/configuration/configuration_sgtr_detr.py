@@ -22,6 +22,8 @@ class SgtrDetrConfig(PreTrainedConfig):
             -1 the whole backbone.
         freeze_batch_norm: Keep the statistics and the affine part of the backbone's batch norms
             as they were loaded (all DETR descendants do; small batches spoil them).
+        normalize_input_projection: Follow the 1x1 projection of each feature level by a group norm
+            (Deformable DETR); levels of different scale need it.
         d_model: Width of the transformer. Must be divisible by 4 and by `num_attention_heads`.
         encoder_layers: Encoder layers.
         decoder_layers: Decoder layers; each is a prediction level.
@@ -51,7 +53,7 @@ class SgtrDetrConfig(PreTrainedConfig):
         box_loss_weight: Weight of the L1 loss of boxes.
         giou_loss_weight: Weight of the generalised IoU loss.
         auxiliary_loss: Also train the predictions of all earlier decoder levels.
-        initializer_range: Standard deviation of new embeddings.
+        initializer_range: Standard deviation of new query embeddings; 1 in DETR.
         legacy_box_offset: Amount added to x1 and y1 whenever a box becomes (x1, y1, x2, y2).
             0.001 in the released SGTR (`structures/boxes.py:403`), an oversight there; else 0.
         legacy_unweighted_auxiliary_losses: Give every loss of an auxiliary level weight 1, as the
@@ -71,6 +73,7 @@ class SgtrDetrConfig(PreTrainedConfig):
     backbone_config: dict[str, Any] | PreTrainedConfig | None = None
     frozen_backbone_stages: int = 2
     freeze_batch_norm: bool = True
+    normalize_input_projection: bool = False
     d_model: int = 256
     encoder_layers: int = 6
     decoder_layers: int = 6
@@ -96,9 +99,14 @@ class SgtrDetrConfig(PreTrainedConfig):
     box_loss_weight: float | int = 5.0
     giou_loss_weight: float | int = 2.0
     auxiliary_loss: bool = True
-    initializer_range: float | int = 0.02
+    initializer_range: float | int = 1.0
     legacy_box_offset: float | int = 0.0
     legacy_unweighted_auxiliary_losses: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Complete the label names in both directions."""
+        super().__post_init__(**kwargs)
+        self.label2id = {name: index for index, name in self.id2label.items()}
 
     def validate_sizes(self) -> None:
         """Reject sizes that no transformer can have."""
@@ -140,6 +148,6 @@ class SgtrDetrConfig(PreTrainedConfig):
         )
 
 
-def _require(condition: bool, field: str, value: object, expected: str) -> None:  # noqa: FBT001
+def _require(condition: bool, field: str, value: object, expected: str) -> None:
     if not condition:
         raise ValueError(f"`{field}` must be {expected}, got {value!r}.")

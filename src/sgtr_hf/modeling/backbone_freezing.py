@@ -1,0 +1,68 @@
+"""Freezing of backbone stages and batch norms, for any backbone of transformers or timm."""
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import PreTrainedModel
+
+
+def freeze_backbone(backbone: PreTrainedModel, num_stages: int) -> None:
+    """Stop the training of the leading stages, and of nothing else.
+
+    Args:
+        backbone: An `AutoBackbone`.
+        num_stages: Entries of `backbone.stage_names`, the stem first where it is named; 0 freezes
+            nothing, -1 everything.
+
+    Raises:
+        ValueError: If there are fewer stages, or the backbone's parameters are not in stages.
+    """
+    stage_names = list(backbone.stage_names)
+    if num_stages > len(stage_names):
+        raise ValueError(
+            f"`frozen_backbone_stages` is {num_stages}, but this backbone has "
+            f"{len(stage_names)} stages ({', '.join(stage_names)}); use -1 to freeze them all."
+        )
+    if num_stages == -1:
+        backbone.requires_grad_(False)
+    elif num_stages > 0:
+        for module in _leading_modules(backbone, num_stages):
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
+
+
+def hold_batch_norm(backbone: nn.Module) -> None:
+    """Keep statistics and affine parameters of all batch norms as they are.
+
+    The running statistics then serve in training too, like DETR's frozen batch norm.
+    """
+    for module in backbone.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+            module.requires_grad_(False)
+
+
+def _leading_modules(backbone: PreTrainedModel, num_stages: int) -> list[nn.Module]:
+    """Modules up to the end of a stage, in the order in which they were registered."""
+    modules = list(backbone.named_modules())
+    markers = _stage_markers(backbone, num_stages)
+    ends = [
+        index
+        for index, (name, _) in enumerate(modules)
+        if any(f".{marker}." in f".{name}." for marker in markers)
+    ]
+    if not ends:
+        raise ValueError(
+            f"`frozen_backbone_stages` is {num_stages}, but the stages of "
+            f"{type(backbone).__name__} are not known by name; only 0 (none) and -1 (all) work."
+        )
+    return [module for _, module in modules[: ends[-1] + 1]]
+
+
+def _stage_markers(backbone: PreTrainedModel, num_stages: int) -> tuple[str, ...]:
+    """Names under which the last frozen stage may be registered."""
+    timm_backbone = getattr(backbone, "_backbone", None)
+    if timm_backbone is not None:
+        return (f"_backbone.{timm_backbone.feature_info.info[num_stages - 1]['module']}",)
+    if num_stages == 1:
+        return ("embedder", "embeddings")
+    return tuple(f"encoder.{kind}.{num_stages - 2}" for kind in ("stages", "layers", "layer"))

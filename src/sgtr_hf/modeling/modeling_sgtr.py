@@ -1,0 +1,332 @@
+"""SGTR (Li et al. 2022): an image becomes entity nodes, predicate nodes and the graph they form."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from ..configuration.configuration_sgtr import SgtrConfig
+from ..losses.hungarian_matching import PaddedAnnotations
+from ..losses.hungarian_matching import assign
+from ..losses.hungarian_matching import pad_annotations
+from ..losses.scene_graph_loss import TripletPredictions
+from ..losses.scene_graph_loss import match_triplets
+from ..losses.scene_graph_loss import scene_graph_losses
+from .graph_assembling import assembling_scores
+from .modeling_sgtr_detr import EntityLevels
+from .modeling_sgtr_detr import SgtrDetrForObjectDetection
+from .modeling_sgtr_detr import SgtrDetrModelOutput
+from .modeling_sgtr_detr import entity_probabilities
+from .modeling_sgtr_detr import init_transformer_weights
+from .predicate_node_generator import EntityNodes
+from .predicate_node_generator import PredicateNodeGenerator
+from .predicate_node_generator import TripletStates
+from .prediction_heads import box_head
+from .prediction_heads import focal_bias
+
+
+@dataclass
+class SgtrModelOutput(ModelOutput):
+    """Entity and predicate nodes.
+
+    Args:
+        entity_states: (B, N, d_model) entity nodes.
+        entity_boxes: (B, N, 4) their boxes, cxcywh relative to the image.
+        predicate_states: (L, B, Q, d_model) of the levels of the structural decoder.
+        subject_states: (L, B, Q, d_model).
+        object_states: (L, B, Q, d_model).
+        detector: Output of the detector's base model.
+    """
+
+    entity_states: Tensor | None = None
+    entity_boxes: Tensor | None = None
+    predicate_states: Tensor | None = None
+    subject_states: Tensor | None = None
+    object_states: Tensor | None = None
+    detector: SgtrDetrModelOutput | None = None
+
+
+@dataclass
+class SgtrSceneGraphOutput(ModelOutput):
+    """Everything that a scene graph is made of.
+
+    Args:
+        loss: Sum of `loss_dict`, when labels were given.
+        loss_dict: Weighted losses by name.
+        logits: Entities, (B, N, C + 1) with no-object last, or (B, N, C) for a focal head.
+        pred_boxes: (B, N, 4) cxcywh relative to the image without its padding.
+        entity_probabilities: (B, N, C), no-object removed.
+        predicate_logits: (B, Q, P), or (B, Q, P + 1) with background first for a softmax head.
+        predicate_probabilities: (B, Q, P), background removed.
+        relation_vectors: (B, Q, 4) centres of subject and object: x, y, x, y.
+        subject_logits: (B, Q, C + 1) or (B, Q, C) classes that the subject should have.
+        subject_boxes: (B, Q, 4) box that it should have.
+        object_logits: Likewise of the object.
+        object_boxes: Likewise of the object.
+        subject_scores: (B, Q, N) how well each entity fits as the subject.
+        object_scores: (B, Q, N) how well each entity fits as the object.
+    """
+
+    loss: Tensor | None = None
+    loss_dict: dict[str, Tensor] | None = None
+    logits: Tensor | None = None
+    pred_boxes: Tensor | None = None
+    entity_probabilities: Tensor | None = None
+    predicate_logits: Tensor | None = None
+    predicate_probabilities: Tensor | None = None
+    relation_vectors: Tensor | None = None
+    subject_logits: Tensor | None = None
+    subject_boxes: Tensor | None = None
+    object_logits: Tensor | None = None
+    object_boxes: Tensor | None = None
+    subject_scores: Tensor | None = None
+    object_scores: Tensor | None = None
+
+
+class SgtrPreTrainedModel(PreTrainedModel):
+    """What the scene graph classes share with transformers: names, backends, initial weights."""
+
+    config: SgtrConfig
+    config_class = SgtrConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["EncoderLayer", "DecoderLayer"]  # noqa: RUF012 - transformers' contract
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        init_transformer_weights(module, self.config.initializer_range)
+        if isinstance(module, SgtrForSceneGraphGeneration):
+            module.init_heads()
+
+
+class SgtrModel(SgtrPreTrainedModel):
+    """Detector and predicate node generator."""
+
+    def __init__(self, config: SgtrConfig) -> None:
+        super().__init__(config)
+        self.detector = SgtrDetrForObjectDetection(config.detector_config)
+        self.predicate_node_generator = PredicateNodeGenerator(config)
+        self.post_init()
+        if config.freeze_detector:
+            self.detector.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "SgtrModel":
+        """Switch modes; a frozen detector stays in evaluation mode."""
+        super().train(mode)
+        if self.config.freeze_detector:
+            self.detector.eval()
+        return self
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None = None,
+        annotations: PaddedAnnotations | None = None,
+        **kwargs: Any,
+    ) -> SgtrModelOutput:
+        """Generate the nodes of the graph.
+
+        Args:
+            pixel_values: (B, 3, H, W) normalised images.
+            pixel_mask: (B, H, W), 1 where the image is and 0 on padding; all 1 when None.
+            annotations: In training; the detector then returns all its levels.
+            **kwargs: For the attention backend.
+        """
+        detector_is_trained = annotations is not None and not self.config.freeze_detector
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_detector):
+            detector = self.detector.model(
+                pixel_values,
+                pixel_mask,
+                annotations if detector_is_trained else None,
+                all_levels=detector_is_trained,
+                **kwargs,
+            )
+        entities = EntityNodes(detector.last_hidden_state, detector.pred_boxes)
+        states = self.predicate_node_generator(detector.memory, entities, **kwargs)
+        return SgtrModelOutput(
+            entity_states=entities.features,
+            entity_boxes=entities.boxes,
+            predicate_states=states.predicate,
+            subject_states=states.subject,
+            object_states=states.object,
+            detector=detector,
+        )
+
+
+class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
+    """`SgtrModel` with heads, graph assembling, matching and losses."""
+
+    def __init__(self, config: SgtrConfig) -> None:
+        super().__init__(config)
+        self.model = SgtrModel(config)
+        width, detector = config.d_model, config.detector_config
+        entity_columns = config.num_labels + (detector.classification == "softmax")
+        # A softmax head begins with background.
+        predicate_columns = config.num_predicates + (config.predicate_classification == "softmax")
+        self.predicate_head = nn.Linear(width, predicate_columns)
+        self.relation_vector_head = nn.Linear(width, 4)
+        self.subject_class_head = nn.Linear(width, entity_columns)
+        self.subject_box_head = box_head(width)
+        self.object_class_head = nn.Linear(width, entity_columns)
+        self.object_box_head = box_head(width)
+        self.post_init()
+
+    @torch.no_grad()
+    def init_heads(self) -> None:
+        """Start sigmoid classes as rare."""
+        if self.config.predicate_classification == "focal":
+            init.constant_(self.predicate_head.bias, focal_bias())
+        if self.config.detector_config.classification == "focal":
+            init.constant_(self.subject_class_head.bias, focal_bias())
+            init.constant_(self.object_class_head.bias, focal_bias())
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None = None,
+        labels: list[dict[str, Tensor]] | None = None,
+        **kwargs: Any,
+    ) -> SgtrSceneGraphOutput:
+        """Predict entities, predicates and their links, and the loss when `labels` are given.
+
+        Args:
+            pixel_values: (B, 3, H, W) normalised images.
+            pixel_mask: (B, H, W), 1 where the image is and 0 on padding; all 1 when None.
+            labels: One dict an image: class_labels (T,) and boxes (T, 4) as for the detector, and
+                relations (R, 3): subject and object as indices of entities, predicate from 0.
+            **kwargs: For the attention backend.
+
+        Raises:
+            ValueError: If labels or relations are out of range, or there are more entities
+                (relations) than entity (predicate) queries.
+        """
+        annotations = None
+        if labels is not None:
+            annotations = pad_annotations(
+                labels,
+                pixel_values.device,
+                num_classes=self.config.num_labels,
+                num_predicates=self.config.num_predicates,
+            )
+        nodes = self.model(pixel_values, pixel_mask, annotations, **kwargs)
+        detector = self.model.detector
+        entities = detector.read_levels(nodes.detector)
+        image_sizes = _image_sizes(pixel_values, pixel_mask)
+        triplets = self.read_levels(
+            nodes, entities, image_sizes, all_levels=annotations is not None
+        )
+        output = self._summarize(entities, triplets)
+        if annotations is not None:
+            output.loss_dict = self.losses(nodes, entities, triplets, annotations)
+            output.loss = torch.stack(list(output.loss_dict.values())).sum()
+        return output
+
+    def read_levels(
+        self,
+        nodes: SgtrModelOutput,
+        entities: EntityLevels,
+        image_sizes: Tensor,
+        *,
+        all_levels: bool,
+    ) -> TripletPredictions:
+        """Read triplets off the predicate nodes and link them to entities.
+
+        Args:
+            nodes: Of `SgtrModel`.
+            entities: The detector's predictions; the last level's are the entities of the graph.
+            image_sizes: (B, 2) height and width without padding, in pixels.
+            all_levels: Read every level instead of the last.
+        """
+        first = 0 if all_levels and self.config.auxiliary_loss else -1
+        predicate = nodes.predicate_states[first:]
+        subject, object_ = nodes.subject_states[first:], nodes.object_states[first:]
+        vectors = self.relation_vector_head(predicate).sigmoid()
+        subject_logits = self.subject_class_head(subject)
+        subject_boxes = self.subject_box_head(subject).sigmoid()
+        object_logits = self.object_class_head(object_)
+        object_boxes = self.object_box_head(object_).sigmoid()
+        classification = self.config.detector_config.classification
+        entity = (
+            entity_probabilities(entities.logits[-1], classification),
+            entities.boxes[-1],
+        )
+        subject_indicator = (
+            vectors[..., :2],
+            entity_probabilities(subject_logits, classification),
+            subject_boxes,
+        )
+        object_indicator = (
+            vectors[..., 2:],
+            entity_probabilities(object_logits, classification),
+            object_boxes,
+        )
+        return TripletPredictions(
+            predicate_logits=self.predicate_head(predicate),
+            relation_vectors=vectors,
+            subject_logits=subject_logits,
+            subject_boxes=subject_boxes,
+            object_logits=object_logits,
+            object_boxes=object_boxes,
+            subject_scores=assembling_scores(self.config, subject_indicator, entity, image_sizes),
+            object_scores=assembling_scores(self.config, object_indicator, entity, image_sizes),
+        )
+
+    def losses(
+        self,
+        nodes: SgtrModelOutput,
+        entities: EntityLevels,
+        triplets: TripletPredictions,
+        annotations: PaddedAnnotations,
+    ) -> dict[str, Tensor]:
+        """Weighted losses of predicates, and of entities unless the detector is frozen."""
+        raise NotImplementedError
+
+    def _summarize(
+        self, entities: EntityLevels, triplets: TripletPredictions
+    ) -> SgtrSceneGraphOutput:
+        """Make the public output from the last level, without losses."""
+        logits = entities.logits[-1]
+        last = TripletPredictions(*(field[-1] for field in triplets))
+        return SgtrSceneGraphOutput(
+            logits=logits,
+            pred_boxes=entities.boxes[-1],
+            entity_probabilities=entity_probabilities(
+                logits, self.config.detector_config.classification
+            ),
+            predicate_probabilities=predicate_probabilities(
+                last.predicate_logits, self.config.predicate_classification
+            ),
+            **last._asdict(),
+        )
+
+
+def predicate_probabilities(logits: Tensor, classification: str) -> Tensor:
+    """Turn logits into the probabilities (..., P) of the real predicates.
+
+    Args:
+        logits: (..., P + 1) with background first for "softmax", (..., P) for "focal".
+        classification: `SgtrConfig.predicate_classification`.
+    """
+    if classification == "softmax":
+        return logits.softmax(dim=-1)[..., 1:]
+    return logits.sigmoid()
+
+
+def _image_sizes(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:
+    """Heights and widths (B, 2) of the images without their padding."""
+    batch_size, _, height, width = pixel_values.shape
+    if pixel_mask is None:
+        return pixel_values.new_tensor([height, width]).expand(batch_size, 2)
+    is_image = pixel_mask > 0
+    return torch.stack((is_image.any(2).sum(1), is_image.any(1).sum(1)), dim=-1)

@@ -1,0 +1,544 @@
+"""The detector: DETR (Carion et al. 2020) with learned or anchor queries."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoBackbone, PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.utils import ModelOutput
+
+from ..configuration.configuration_sgtr_detr import SgtrDetrConfig
+from ..losses.detection_loss import denoising_losses
+from ..losses.detection_loss import detection_losses
+from ..losses.hungarian_matching import PaddedAnnotations
+from ..losses.hungarian_matching import assign
+from ..losses.hungarian_matching import entity_matching_costs
+from ..losses.hungarian_matching import pad_annotations
+from .backbone_freezing import freeze_backbone
+from .backbone_freezing import hold_batch_norm
+from .denoising_queries import DenoisingQueries
+from .denoising_queries import DenoisingQueryGenerator
+from .denoising_queries import denoising_visibility
+from .position_embedding import box_sine_embedding
+from .position_embedding import centre_sine_embedding
+from .position_embedding import grid_sine_embedding
+from .prediction_heads import MultiLayerPerceptron
+from .prediction_heads import box_head
+from .prediction_heads import focal_bias
+from .prediction_heads import inverse_sigmoid
+from .transformer_layers import DecoderLayer
+from .transformer_layers import EncoderLayer
+
+
+@dataclass
+class ImageMemory(ModelOutput):
+    """An encoded image; S is the number of cells of all feature levels."""
+
+    features: Tensor | None = None
+    """(B, S, d_model)."""
+    position: Tensor | None = None
+    """(B, S, d_model) sine embeddings."""
+    padding_mask: Tensor | None = None
+    """(B, S) bool, True where the image is; None when nothing is padded."""
+
+
+@dataclass
+class SgtrDetrModelOutput(ModelOutput):
+    """What the decoder says of N entity queries at its L levels.
+
+    Args:
+        last_hidden_state: (B, N, d_model) queries after the last level.
+        pred_boxes: (B, N, 4) boxes of the last level, cxcywh relative to the image.
+        intermediate_hidden_states: (L, B, N, d_model), only when all levels are asked for.
+        intermediate_boxes: (L, B, N, 4), likewise.
+        denoising_hidden_states: (L, B, M, d_model) of denoising queries, in training.
+        denoising_boxes: (L, B, M, 4), likewise.
+        denoising_entity_indices: (B, M) annotation that each must restore, -1 on padding.
+        memory: The encoded image.
+    """
+
+    last_hidden_state: Tensor | None = None
+    pred_boxes: Tensor | None = None
+    intermediate_hidden_states: Tensor | None = None
+    intermediate_boxes: Tensor | None = None
+    denoising_hidden_states: Tensor | None = None
+    denoising_boxes: Tensor | None = None
+    denoising_entity_indices: Tensor | None = None
+    memory: ImageMemory | None = None
+
+
+@dataclass
+class SgtrDetrObjectDetectionOutput(ModelOutput):
+    """Detected entities.
+
+    Args:
+        loss: Sum of `loss_dict`, when labels were given.
+        loss_dict: Weighted losses by name.
+        logits: (B, N, C + 1) with no-object last, or (B, N, C) for a focal head.
+        pred_boxes: (B, N, 4) cxcywh relative to the image without its padding.
+        entity_probabilities: (B, N, C), no-object removed.
+        auxiliary_outputs: `logits` and `pred_boxes` of the earlier levels, when labels were given.
+        last_hidden_state: (B, N, d_model).
+        encoder_last_hidden_state: (B, S, d_model).
+    """
+
+    loss: Tensor | None = None
+    loss_dict: dict[str, Tensor] | None = None
+    logits: Tensor | None = None
+    pred_boxes: Tensor | None = None
+    entity_probabilities: Tensor | None = None
+    auxiliary_outputs: list[dict[str, Tensor]] | None = None
+    last_hidden_state: Tensor | None = None
+    encoder_last_hidden_state: Tensor | None = None
+
+
+class EntityLevels(NamedTuple):
+    """Raw predictions of all decoder levels."""
+
+    logits: Tensor
+    """(L, B, N, C + 1) with no-object last, or (L, B, N, C) for a focal head."""
+    boxes: Tensor
+    """(L, B, N, 4) cxcywh."""
+
+
+class SgtrDetrPreTrainedModel(PreTrainedModel):
+    """What the detector's classes share with transformers: names, backends, initial weights."""
+
+    config: SgtrDetrConfig
+    config_class = SgtrDetrConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["EncoderLayer", "DecoderLayer"]  # noqa: RUF012 - transformers' contract
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        init_transformer_weights(module, self.config.initializer_range)
+        if isinstance(module, SgtrDetrModel):
+            module.init_anchors()
+        elif isinstance(module, SgtrDetrForObjectDetection):
+            if module.config.classification == "focal":
+                init.constant_(module.class_head.bias, focal_bias())
+
+
+def init_transformer_weights(module: nn.Module, embedding_std: float) -> None:
+    """Initialise one module as DETR does: Xavier for matrices, a normal draw for embeddings."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        init.normal_(module.weight, std=embedding_std)
+
+
+class SgtrDetrModel(SgtrDetrPreTrainedModel):
+    """Backbone, encoder and decoder: an image becomes N query vectors with boxes."""
+
+    def __init__(self, config: SgtrDetrConfig) -> None:
+        super().__init__(config)
+        self.backbone = AutoBackbone.from_config(config.backbone_config)
+        channels = self.backbone.channels
+        self.input_projections = nn.ModuleList(
+            _input_projection(width, config) for width in channels
+        )
+        self.level_embedding = (
+            nn.Embedding(len(channels), config.d_model) if len(channels) > 1 else None
+        )
+        self.encoder_layers = nn.ModuleList(
+            EncoderLayer(config) for _ in range(config.encoder_layers)
+        )
+        # Post-norm layers end normalised; pre-norm stacks need one more norm.
+        self.encoder_norm = nn.LayerNorm(config.d_model) if config.norm_first else nn.Identity()
+        self.query_embedding = nn.Embedding(config.num_queries, config.d_model)
+        if config.query_type == "anchors":
+            self.anchor_embedding = nn.Embedding(config.num_queries, 4)
+            self.decoder: LearnedQueryDecoder | AnchorQueryDecoder = AnchorQueryDecoder(config)
+        else:
+            self.decoder = LearnedQueryDecoder(config)
+        self.denoising = (
+            DenoisingQueryGenerator(config) if config.num_denoising_groups > 0 else None
+        )
+        self.post_init()
+        freeze_backbone(self.backbone, config.frozen_backbone_stages)
+        if config.freeze_batch_norm:
+            hold_batch_norm(self.backbone)
+
+    def train(self, mode: bool = True) -> "SgtrDetrModel":
+        """Switch modes; frozen batch norms stay in evaluation mode."""
+        super().train(mode)
+        if self.config.freeze_batch_norm:
+            hold_batch_norm(self.backbone)
+        return self
+
+    @torch.no_grad()
+    def init_anchors(self) -> None:
+        """Spread the anchors over the image, a quarter of its side wide, and start without shift."""
+        if self.config.query_type != "anchors":
+            return
+        draw = torch.rand(self.config.num_queries, 2, device=self.anchor_embedding.weight.device)
+        sizes = torch.full_like(draw, 0.25)
+        init.copy_(self.anchor_embedding.weight, inverse_sigmoid(torch.cat((draw, sizes), dim=-1)))
+        init.zeros_(self.decoder.box_head.layers[-1].weight)
+        init.zeros_(self.decoder.box_head.layers[-1].bias)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None = None,
+        annotations: PaddedAnnotations | None = None,
+        *,
+        all_levels: bool = False,
+        **kwargs: Any,
+    ) -> SgtrDetrModelOutput:
+        """Detect.
+
+        Args:
+            pixel_values: (B, 3, H, W) normalised images.
+            pixel_mask: (B, H, W), 1 where the image is and 0 on padding; all 1 when None.
+            annotations: Needed for denoising queries, which are added in training mode.
+            all_levels: Also return the earlier levels of the decoder.
+            **kwargs: For the attention backend.
+        """
+        memory = self.encode(pixel_values, pixel_mask, **kwargs)
+        denoising = None
+        if self.denoising is not None and self.training and annotations is not None:
+            denoising = self.denoising(annotations)
+        hidden_states, boxes = self._decode(memory, denoising, all_levels=all_levels, **kwargs)
+        num_denoising = 0 if denoising is None else denoising.entity_indices.shape[1]
+        output = SgtrDetrModelOutput(
+            last_hidden_state=hidden_states[-1, :, num_denoising:],
+            pred_boxes=boxes[-1, :, num_denoising:],
+            memory=memory,
+        )
+        if all_levels:
+            output.intermediate_hidden_states = hidden_states[:, :, num_denoising:]
+            output.intermediate_boxes = boxes[:, :, num_denoising:]
+        if denoising is not None:
+            output.denoising_hidden_states = hidden_states[:, :, :num_denoising]
+            output.denoising_boxes = boxes[:, :, :num_denoising]
+            output.denoising_entity_indices = denoising.entity_indices
+        return output
+
+    def encode(
+        self, pixel_values: Tensor, pixel_mask: Tensor | None = None, **kwargs: Any
+    ) -> ImageMemory:
+        """Run backbone and encoder; arguments as in `forward`."""
+        features, positions, masks = [], [], []
+        feature_maps = self.backbone(pixel_values).feature_maps
+        for level, (feature_map, projection) in enumerate(
+            zip(feature_maps, self.input_projections, strict=True)
+        ):
+            mask = _resize_mask(pixel_mask, feature_map)
+            features.append(projection(feature_map).flatten(2).transpose(1, 2))
+            position = grid_sine_embedding(
+                mask,
+                self.config.d_model,
+                self.config.position_temperature,
+                feature_map.dtype,
+                cell_centres=self.config.query_type == "anchors",
+            )
+            if self.level_embedding is not None:
+                position = position + self.level_embedding.weight[level]
+            positions.append(position)
+            masks.append(mask.flatten(1))
+        memory = ImageMemory(features=torch.cat(features, dim=1), position=torch.cat(positions, 1))
+        if pixel_mask is not None:
+            memory.padding_mask = torch.cat(masks, dim=1)
+        memory.features = self._run_encoder(memory, **kwargs)
+        return memory
+
+    def _run_encoder(self, memory: ImageMemory, **kwargs: Any) -> Tensor:
+        hidden_states = memory.features
+        mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=memory.padding_mask
+        )
+        for layer in self.encoder_layers:
+            hidden_states = layer(hidden_states, memory.position, mask, **kwargs)
+        return self.encoder_norm(hidden_states)
+
+    def _decode(
+        self,
+        memory: ImageMemory,
+        denoising: DenoisingQueries | None,
+        *,
+        all_levels: bool,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        batch_size = memory.features.shape[0]
+        content = self.query_embedding.weight.expand(batch_size, -1, -1)
+        if self.config.query_type == "learned":
+            return self.decoder(content, memory, all_levels=all_levels, **kwargs)
+        anchors = self.anchor_embedding.weight.sigmoid().expand(batch_size, -1, -1)
+        mask = None
+        if denoising is not None:
+            content = torch.cat((denoising.content, content), dim=1)
+            anchors = torch.cat((denoising.anchors.to(anchors), anchors), dim=1)
+            mask = self._denoising_mask(content, denoising)
+        return self.decoder(
+            content, memory, anchors=anchors, self_mask=mask, all_levels=all_levels, **kwargs
+        )
+
+    def _denoising_mask(self, content: Tensor, denoising: DenoisingQueries) -> Tensor | None:
+        is_query = content.new_ones(content.shape[:2], dtype=torch.bool)
+        is_query[:, : denoising.entity_indices.shape[1]] = denoising.entity_indices >= 0
+        visibility = denoising_visibility(denoising.group, self.config.num_queries)
+        return create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=content,
+            attention_mask=is_query,
+            and_mask_function=visibility,
+        )
+
+
+class _Decoder(nn.Module):
+    """Layers, their final norm and the box head, which is the same at each level."""
+
+    def __init__(self, config: SgtrDetrConfig, *, conditional: bool) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, conditional=conditional) for _ in range(config.decoder_layers)
+        )
+        self.norm = nn.LayerNorm(config.d_model)
+        self.box_head = box_head(config.d_model)
+
+    def memory_mask(self, queries: Tensor, memory: ImageMemory) -> Tensor | None:
+        return create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=queries,
+            attention_mask=memory.padding_mask,
+            encoder_hidden_states=memory.features,
+        )
+
+
+class LearnedQueryDecoder(_Decoder):
+    """The paper's decoder: queries are learned positions, their content starts at zero."""
+
+    def __init__(self, config: SgtrDetrConfig) -> None:
+        super().__init__(config, conditional=False)
+
+    def forward(
+        self, query_position: Tensor, memory: ImageMemory, *, all_levels: bool, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return hidden states (L, B, N, d_model) and boxes (L, B, N, 4); L is 1 at inference."""
+        hidden_states = torch.zeros_like(query_position)
+        memory_mask = self.memory_mask(query_position, memory)
+        levels = []
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                memory.features,
+                query_position=query_position,
+                memory_position=memory.position,
+                memory_mask=memory_mask,
+                **kwargs,
+            )
+            levels.append(hidden_states)
+        # The norm belongs to what is read off a level, never to what the next level gets.
+        normed = self.norm(torch.stack(levels if all_levels else levels[-1:]))
+        return normed, self.box_head(normed).sigmoid()
+
+
+class AnchorQueryDecoder(_Decoder):
+    """Queries with a 4-D anchor each, refined level by level (DAB-DETR, Liu et al. 2022)."""
+
+    def __init__(self, config: SgtrDetrConfig) -> None:
+        super().__init__(config, conditional=True)
+        width = config.d_model
+        self.position_head = MultiLayerPerceptron(2 * width, width, width)
+        self.scale_head = MultiLayerPerceptron(width, width, width)
+        self.size_head = MultiLayerPerceptron(width, width, 2)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        memory: ImageMemory,
+        *,
+        anchors: Tensor,
+        self_mask: Tensor | None,
+        all_levels: bool,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Return hidden states (L, B, N, d_model) and boxes (L, B, N, 4); L is 1 at inference."""
+        memory_mask = self.memory_mask(hidden_states, memory)
+        levels, boxes = [], []
+        for layer in self.layers:
+            embedding = box_sine_embedding(
+                anchors, self.config.d_model, self.config.position_temperature
+            )
+            hidden_states = layer(
+                hidden_states,
+                memory.features,
+                query_position=self.position_head(embedding),
+                memory_position=memory.position,
+                spatial_query=self._spatial_query(hidden_states, anchors),
+                self_attention_mask=self_mask,
+                memory_mask=memory_mask,
+                **kwargs,
+            )
+            normed = self.norm(hidden_states)
+            levels.append(normed)
+            boxes.append((self.box_head(normed) + inverse_sigmoid(anchors)).sigmoid())
+            # Each level learns its own step: no gradient flows through the anchor it started from.
+            anchors = boxes[-1].detach()
+        first = 0 if all_levels else -1
+        return torch.stack(levels[first:]), torch.stack(boxes[first:])
+
+    def _spatial_query(self, hidden_states: Tensor, anchors: Tensor) -> Tensor:
+        """Place of an anchor, its y and x parts stretched by the size that the content expects."""
+        width = self.config.d_model
+        place = centre_sine_embedding(anchors[..., :2], width, self.config.position_temperature)
+        expected_size = self.size_head(hidden_states).sigmoid()
+        stretch_x, stretch_y = (expected_size / anchors[..., 2:].clamp(min=1e-2)).unbind(-1)
+        stretch = torch.stack((stretch_y, stretch_x), dim=-1).repeat_interleave(width // 2, dim=-1)
+        return place * stretch * self.scale_head(hidden_states)
+
+
+class SgtrDetrForObjectDetection(SgtrDetrPreTrainedModel):
+    """`SgtrDetrModel` with a class head, matching and losses."""
+
+    def __init__(self, config: SgtrDetrConfig) -> None:
+        super().__init__(config)
+        self.model = SgtrDetrModel(config)
+        # The last column of a softmax head is no-object.
+        columns = config.num_labels + (config.classification == "softmax")
+        self.class_head = nn.Linear(config.d_model, columns)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None = None,
+        labels: list[dict[str, Tensor]] | None = None,
+        **kwargs: Any,
+    ) -> SgtrDetrObjectDetectionOutput:
+        """Detect entities, and compute the loss when `labels` are given.
+
+        Args:
+            pixel_values: (B, 3, H, W) normalised images.
+            pixel_mask: (B, H, W), 1 where the image is and 0 on padding; all 1 when None.
+            labels: One dict an image: class_labels (T,) from 0 and boxes (T, 4), cxcywh relative
+                to the image without its padding.
+            **kwargs: For the attention backend.
+
+        Raises:
+            ValueError: If labels are out of range or an image has more entities than queries.
+        """
+        annotations = None
+        if labels is not None:
+            annotations = pad_annotations(
+                labels, pixel_values.device, num_classes=self.config.num_labels
+            )
+        model_output = self.model(
+            pixel_values, pixel_mask, annotations, all_levels=annotations is not None, **kwargs
+        )
+        levels = self.read_levels(model_output)
+        output = self.summarize(model_output, levels)
+        if annotations is not None:
+            matches = assign(self.matching_costs(levels, annotations), annotations.valid)
+            output.loss_dict = self.losses(model_output, levels, annotations, matches)
+            output.loss = torch.stack(list(output.loss_dict.values())).sum()
+        return output
+
+    def read_levels(self, model_output: SgtrDetrModelOutput) -> EntityLevels:
+        """Read classes and boxes off the queries, of all levels if the decoder returned them."""
+        if model_output.intermediate_hidden_states is None:
+            return EntityLevels(
+                logits=self.class_head(model_output.last_hidden_state)[None],
+                boxes=model_output.pred_boxes[None],
+            )
+        return EntityLevels(
+            logits=self.class_head(model_output.intermediate_hidden_states),
+            boxes=model_output.intermediate_boxes,
+        )
+
+    def summarize(
+        self, model_output: SgtrDetrModelOutput, levels: EntityLevels
+    ) -> SgtrDetrObjectDetectionOutput:
+        """Make the public output, without losses."""
+        logits = levels.logits[-1]
+        output = SgtrDetrObjectDetectionOutput(
+            logits=logits,
+            pred_boxes=levels.boxes[-1],
+            entity_probabilities=entity_probabilities(logits, self.config.classification),
+            last_hidden_state=model_output.last_hidden_state,
+            encoder_last_hidden_state=model_output.memory.features,
+        )
+        if model_output.intermediate_hidden_states is not None:
+            output.auxiliary_outputs = [
+                {"logits": level_logits, "pred_boxes": level_boxes}
+                for level_logits, level_boxes in zip(
+                    levels.logits[:-1], levels.boxes[:-1], strict=True
+                )
+            ]
+        return output
+
+    def matching_costs(self, levels: EntityLevels, annotations: PaddedAnnotations) -> Tensor:
+        """Costs (L, B, N, T) of giving a query an annotated entity."""
+        return entity_matching_costs(self.config, levels.logits, levels.boxes, annotations)
+
+    def losses(
+        self,
+        model_output: SgtrDetrModelOutput,
+        levels: EntityLevels,
+        annotations: PaddedAnnotations,
+        matches: Tensor,
+    ) -> dict[str, Tensor]:
+        """Weighted losses of all levels and of the denoising queries.
+
+        Args:
+            model_output: Of `SgtrDetrModel`, with all levels.
+            levels: Read off it by `read_levels`.
+            annotations: Padded annotations.
+            matches: (L, B, T) query of each annotated entity, -1 on padding.
+        """
+        first = 0 if self.config.auxiliary_loss else -1
+        losses = detection_losses(
+            self.config, levels.logits[first:], levels.boxes[first:], annotations, matches[first:]
+        )
+        if model_output.denoising_hidden_states is not None:
+            losses |= denoising_losses(
+                self.config,
+                self.class_head(model_output.denoising_hidden_states)[first:],
+                model_output.denoising_boxes[first:],
+                annotations,
+                model_output.denoising_entity_indices,
+            )
+        return losses
+
+
+def entity_probabilities(logits: Tensor, classification: str) -> Tensor:
+    """Turn logits into the probabilities (..., C) of the real classes.
+
+    Args:
+        logits: (..., C + 1) with no-object last for "softmax", (..., C) for "focal".
+        classification: `SgtrDetrConfig.classification`.
+    """
+    if classification == "softmax":
+        return logits.softmax(dim=-1)[..., :-1]
+    return logits.sigmoid()
+
+
+def _input_projection(channels: int, config: SgtrDetrConfig) -> nn.Module:
+    projection = nn.Conv2d(channels, config.d_model, kernel_size=1)
+    if not config.normalize_input_projection:
+        return projection
+    return nn.Sequential(projection, nn.GroupNorm(config.num_attention_heads, config.d_model))
+
+
+def _resize_mask(pixel_mask: Tensor | None, feature_map: Tensor) -> Tensor:
+    """Bring (B, H, W) to the size of a feature map (B, C, h, w) as booleans."""
+    batch_size, _, height, width = feature_map.shape
+    if pixel_mask is None:
+        return feature_map.new_ones((batch_size, height, width), dtype=torch.bool)
+    resized = nn.functional.interpolate(pixel_mask[:, None].float(), size=(height, width))
+    return resized[:, 0] > 0
