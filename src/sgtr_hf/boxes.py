@@ -12,13 +12,13 @@ def box_cxcywh_to_xyxy(boxes: Tensor, offset: float = 0.0) -> Tensor:
 
     Args:
         boxes: (..., 4) as (cx, cy, w, h).
-        offset: Added to x1 and y1; `legacy_box_offset` of the configuration.
+        offset: Added to x2 and y2; `legacy_box_offset` of the configuration.
 
     Returns:
         (..., 4) as (x1, y1, x2, y2).
     """
     centre, half = boxes[..., :2], boxes[..., 2:] / 2
-    return torch.cat((centre - half + offset, centre + half), dim=-1)
+    return torch.cat((centre - half, centre + half + offset), dim=-1)
 
 
 def box_xyxy_to_cxcywh(boxes: Tensor) -> Tensor:

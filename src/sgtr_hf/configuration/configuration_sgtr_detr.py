@@ -54,7 +54,7 @@ class SgtrDetrConfig(PreTrainedConfig):
         giou_loss_weight: Weight of the generalised IoU loss.
         auxiliary_loss: Also train the predictions of all earlier decoder levels.
         initializer_range: Standard deviation of new query embeddings; 1 in DETR.
-        legacy_box_offset: Amount added to x1 and y1 whenever a box becomes (x1, y1, x2, y2).
+        legacy_box_offset: Amount added to x2 and y2 whenever a box becomes (x1, y1, x2, y2).
             0.001 in the released SGTR (`structures/boxes.py:403`), an oversight there; else 0.
         legacy_unweighted_auxiliary_losses: Give every loss of an auxiliary level weight 1, as the
             released SGTR does by a misspelt key (`onestg_encdec_vrd.py:283`).
