@@ -414,11 +414,13 @@ def _probability_costs(config: SgtrConfig, probabilities: Tensor) -> Tensor:
 def _match_rows(costs: np.ndarray, top_k: int) -> np.ndarray:
     """Match the rows (Q * K, R) of one image; return the query of each relation, -1 for none."""
     kept = np.argsort(costs.min(1), kind="stable")[:LEGACY_MATCHING_RANGE]
-    queries = kept[solve(costs[kept])] // top_k
+    ranks = solve(costs[kept])
+    queries = kept[ranks] // top_k
     matches = np.full(costs.shape[1], -1, dtype=np.int64)
     for query in np.unique(queries):
         rivals = np.flatnonzero(queries == query)
+        rivals = rivals[np.argsort(ranks[rivals])]
         # The release means to compare the matched rows but reads the row whose number is the
-        # query's (rel_detr_losses.py:573).
+        # query's (rel_detr_losses.py:573); at equal costs the better ranked row wins.
         matches[rivals[costs[query, rivals].argmin()]] = query
     return matches

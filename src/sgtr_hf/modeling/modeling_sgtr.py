@@ -11,11 +11,14 @@ from transformers.utils import ModelOutput
 
 from ..configuration.configuration_sgtr import SgtrConfig
 from ..losses.hungarian_matching import PaddedAnnotations
+from ..losses.hungarian_matching import AssignmentProblem
 from ..losses.hungarian_matching import assign
+from ..losses.hungarian_matching import assign_all
 from ..losses.hungarian_matching import pad_annotations
 from ..losses.scene_graph_loss import TripletPredictions
 from ..losses.scene_graph_loss import match_triplets
 from ..losses.scene_graph_loss import scene_graph_losses
+from ..losses.scene_graph_loss import triplet_matching_costs
 from .graph_assembling import assembling_scores
 from .modeling_sgtr_detr import EntityLevels
 from .modeling_sgtr_detr import SgtrDetrForObjectDetection
@@ -289,8 +292,31 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
         triplets: TripletPredictions,
         annotations: PaddedAnnotations,
     ) -> dict[str, Tensor]:
-        """Weighted losses of predicates, and of entities unless the detector is frozen."""
-        raise NotImplementedError
+        """Weighted losses of predicates, and of entities unless the detector is frozen.
+
+        Arguments are the outputs of the parts, with all levels, and the padded annotations.
+        """
+        entity_nodes = (entities.logits[-1], entities.boxes[-1])
+        if self.config.freeze_detector:
+            matches = match_triplets(self.config, triplets, *entity_nodes, annotations)
+            return scene_graph_losses(self.config, triplets, annotations, matches)
+        detector = self.model.detector
+        entity_costs = detector.matching_costs(entities, annotations)
+        if self.config.legacy_triplet_matching:
+            entity_matches = assign(entity_costs, annotations.valid)
+            matches = match_triplets(self.config, triplets, *entity_nodes, annotations)
+        else:
+            entity_matches, matches = assign_all(
+                AssignmentProblem(entity_costs, annotations.valid),
+                AssignmentProblem(
+                    triplet_matching_costs(self.config, triplets, *entity_nodes, annotations),
+                    annotations.relation_valid,
+                    "num_predicate_queries",
+                ),
+            )
+        losses = scene_graph_losses(self.config, triplets, annotations, matches)
+        entity_losses = detector.losses(nodes.detector, entities, annotations, entity_matches)
+        return losses | {f"{name}_of_entities": loss for name, loss in entity_losses.items()}
 
     def _summarize(
         self, entities: EntityLevels, triplets: TripletPredictions
