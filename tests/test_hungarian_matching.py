@@ -160,7 +160,7 @@ def test_assign_with_too_many_annotations_names_the_setting():
 def test_assign_with_costs_that_are_not_finite_says_why(value):
     costs = torch.zeros((1, 1, 3, 2))
     costs[..., 1, 1] = value
-    with pytest.raises(ValueError, match="outputs are not finite.*learning rate"):
+    with pytest.raises(ValueError, match=r"outputs are not finite.*learning rate"):
         assign(costs, torch.ones((1, 2)) > 0)
 
 

@@ -88,16 +88,15 @@ def annotate(
     """
     relations: dict[tuple[int, int], str] = {}
     holders = [_holder(objects, index) for index in range(len(objects))]
-    for index in range(len(objects)):
-        pair = _physical_relation(objects, holders, contacts, index)
-        if pair is not None:
-            subject, object_, predicate = pair
-            relations.setdefault((subject, object_), predicate)
-    related = {frozenset(pair) for pair in relations}
+    # Physical relations are told from the higher things down, so the lower of two things that
+    # lean on each other is the one that is leant on.
+    for index in sorted(range(len(objects)), key=lambda index: -objects[index].centre[2]):
+        found = _physical_relation(objects, holders, contacts, index)
+        if found is not None and (found[1], found[0]) not in relations:
+            relations.setdefault(found[:2], found[2])
     for first, second in _neighbours(objects, holders, contacts):
-        if frozenset((first, second)) in related:
+        if (first, second) in relations or (second, first) in relations:
             continue
-        related.add(frozenset((first, second)))
         # The smaller thing in the picture is told by the larger one.
         areas = (objects[first].pixel_area, objects[second].pixel_area)
         subject, object_ = (first, second) if areas[0] <= areas[1] else (second, first)

@@ -31,6 +31,8 @@ SIZES_PER_KIND = 4
 # 0.45 s: enough to fall over and come to rest.
 PHYSICS_STEPS = 80
 TIME_STEP = 1 / 180
+# Decimetres; the margins of hulls overlap by less.
+MAX_PENETRATION = 0.05
 # Visible pixels, at 256 x 256, below which an object is not annotated.
 MIN_VISIBLE_PIXELS = 90
 SMALL_NAMES = ("mug", "duck", "teddy", "ball", "brick", "block", "book", "can", "ring")
@@ -67,6 +69,7 @@ class TabletopRenderer:
 
     def __init__(self, texture_folder: Path, size: tuple[int, int] = (256, 256)) -> None:
         self.size = size
+        self._identifiers: list[int] = []
         self.client = pybullet.connect(pybullet.DIRECT)
         pybullet.setGravity(0, 0, -98, physicsClientId=self.client)
         pybullet.setPhysicsEngineParameter(
@@ -104,6 +107,7 @@ class TabletopRenderer:
         """Make the scene that belongs to a seed."""
         generator = np.random.default_rng(seed)
         while True:
+            self._identifiers.clear()
             floor = self._add_floor(generator)
             bodies = self._place(generator)
             for _ in range(PHYSICS_STEPS):
@@ -235,7 +239,37 @@ class TabletopRenderer:
         rotation = _turn(turn) @ _LYING[up_axis]
         height = float(np.abs(rotation[2]) @ shapes.half_sides)
         where = ground + np.array([0, 0, height])
-        return self._create(generator, kind, shapes, where, rotation)
+        body = self._create(generator, kind, shapes, where, rotation)
+        self._lift_out(body)
+        return body
+
+    def _lift_out(self, body: _Body) -> None:
+        """Move a new body on top of what it would intersect; physics never untangles the two."""
+        for _ in range(3):
+            overlapped = [
+                other
+                for other in self._identifiers
+                if other != body.identifier
+                and any(
+                    point[8] < -MAX_PENETRATION
+                    for point in pybullet.getClosestPoints(
+                        body.identifier, other, 0, physicsClientId=self.client
+                    )
+                )
+            ]
+            if not overlapped:
+                return
+            tops = [
+                pybullet.getAABB(other, physicsClientId=self.client)[1][2] for other in overlapped
+            ]
+            low, _ = pybullet.getAABB(body.identifier, physicsClientId=self.client)
+            position, orientation = pybullet.getBasePositionAndOrientation(
+                body.identifier, physicsClientId=self.client
+            )
+            raised = [position[0], position[1], position[2] + max(tops) - low[2]]
+            pybullet.resetBasePositionAndOrientation(
+                body.identifier, raised, orientation, physicsClientId=self.client
+            )
 
     def _create(
         self,
@@ -266,6 +300,7 @@ class TabletopRenderer:
             physicsClientId=self.client,
         )
         self._paint(identifier, generator, parts=_NUM_PARTS.get(kind.shape, 1), kind=kind)
+        self._identifiers.append(int(identifier))
         return _Body(kind, shapes, int(identifier))
 
     def _paint(

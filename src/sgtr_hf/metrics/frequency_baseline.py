@@ -123,7 +123,7 @@ class FrequencyBaseline:
         self._check(entities)
         num_entities = len(entities.labels)
         subjects, objects = np.nonzero(~np.eye(num_entities, dtype=np.bool_))
-        # (pairs, P)
+        # One row for each pair, one column for each predicate.
         scores = self.probabilities(entities.labels[subjects], entities.labels[objects])
         entity_scores = entities.scores.astype(np.float64)
         scores *= (entity_scores[subjects] * entity_scores[objects])[:, None]
@@ -173,7 +173,7 @@ class FrequencyBaseline:
             ("relations", graph.relations[:, 2], "num_predicates", num_predicates),
         )
         for name, values, limit_name, limit in fields:
-            if len(values) and not (0 <= values.min() and values.max() < limit):
+            if len(values) and (values.min() < 0 or values.max() >= limit):
                 raise ValueError(
                     f"`{name}` of the graph reach from {values.min()} to {values.max()}, but "
                     f"`{limit_name}` of the baseline is {limit}; both must count from 0."

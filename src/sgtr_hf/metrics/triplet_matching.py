@@ -54,7 +54,7 @@ def rank_of_first_hit(
     if not len(prediction.relations) or not len(reference.relations):
         return ranks
     predicted, annotated = prediction.relations, reference.relations
-    # (K, R)
+    # One row for each predicted triplet, one column for each annotated one.
     hits = predicted[:, None, 2] == annotated[None, :, 2]
     hits &= alike[np.ix_(predicted[:, 0], annotated[:, 0])]
     hits &= alike[np.ix_(predicted[:, 1], annotated[:, 1])]
