@@ -1,0 +1,60 @@
+"""Makes the package known to the Auto classes and to `pipeline` of transformers."""
+
+from collections import OrderedDict
+from importlib import resources
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForObjectDetection
+from transformers.models.auto.auto_factory import _BaseAutoModelClass, _LazyAutoMapping
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.utils.import_utils import is_torchvision_available
+
+from .configuration.configuration_sgtr import SgtrConfig
+from .configuration.configuration_sgtr_detr import SgtrDetrConfig
+from .image_processing.image_processing_sgtr import SgtrImageProcessorPil
+from .modeling.modeling_sgtr import SgtrForSceneGraphGeneration, SgtrModel
+from .modeling.modeling_sgtr_detr import SgtrDetrForObjectDetection, SgtrDetrModel
+from .pipelines.scene_graph_pipeline import SceneGraphPipeline
+
+
+if is_torchvision_available():
+    from .image_processing.image_processing_sgtr import SgtrImageProcessor
+
+TASK = "scene-graph"
+# The checkpoint that ships: trained on tabletop scenes, see its card.
+DEFAULT_CHECKPOINT = str(resources.files("sgtr_hf") / "assets" / "sgtr-tabletop")
+
+
+class AutoModelForSceneGraphGeneration(_BaseAutoModelClass):
+    """Loads any model that generates scene graphs by its configuration."""
+
+    _model_mapping = _LazyAutoMapping(CONFIG_MAPPING_NAMES, OrderedDict())
+
+
+def register() -> None:
+    """Register configurations, models, image processors and the pipeline; safe to repeat."""
+    image_processors = {"pil": SgtrImageProcessorPil}
+    if is_torchvision_available():
+        image_processors["torchvision"] = SgtrImageProcessor
+    for config, base, head in (
+        (SgtrDetrConfig, SgtrDetrModel, SgtrDetrForObjectDetection),
+        (SgtrConfig, SgtrModel, SgtrForSceneGraphGeneration),
+    ):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, base, exist_ok=True)
+        # Also for scene graphs: published repositories can only name Auto classes of transformers.
+        AutoModelForObjectDetection.register(config, head, exist_ok=True)
+        AutoImageProcessor.register(
+            config, image_processor_classes=image_processors, exist_ok=True
+        )
+    AutoModelForSceneGraphGeneration.register(
+        SgtrConfig, SgtrForSceneGraphGeneration, exist_ok=True
+    )
+    if TASK not in PIPELINE_REGISTRY.get_supported_tasks():
+        PIPELINE_REGISTRY.register_pipeline(
+            TASK,
+            pipeline_class=SceneGraphPipeline,
+            pt_model=AutoModelForSceneGraphGeneration,
+            default={"model": (DEFAULT_CHECKPOINT, "main")},
+            type="image",
+        )

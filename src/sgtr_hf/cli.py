@@ -1,0 +1,190 @@
+"""The `sgtr-hf` command: `predict` for pictures, `make-tabletop` for training data."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from ._version import __version__
+from .auto import DEFAULT_CHECKPOINT, TASK
+from .scene_graph import SceneGraph
+
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code: 0, or 2 after a mistake of the caller."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        print(f"sgtr-hf {options.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def predict(options: argparse.Namespace) -> int:
+    """Find the scene graphs of pictures, print them, and write what was asked for."""
+    paths = list(_image_paths(options.images))
+    _check_output_names(options, len(paths))
+    from transformers import pipeline
+
+    generate = pipeline(TASK, model=_model_folder(options.model))
+    results, broken = {}, 0
+    for path in paths:
+        # One broken file must not lose the graphs of the others.
+        try:
+            graph = generate(
+                path,
+                threshold=options.threshold,
+                top_k=options.top_k,
+                graph_constraint=options.graph_constraint,
+            )
+        except (OSError, ValueError, UnidentifiedImageError) as error:
+            print(f"{path}: {error}", file=sys.stderr)
+            broken += 1
+            continue
+        results[path] = graph
+        _print_graph(path, graph)
+        if options.draw:
+            _draw(path, graph, _numbered(options.draw, path, len(paths)))
+    if options.output:
+        _write(options.output, results)
+    return 2 if broken else 0
+
+
+def make_tabletop(options: argparse.Namespace) -> int:
+    """Render a tabletop data set."""
+    try:
+        from .data.tabletop_writer import make_tabletop as write_tabletop
+    except ImportError as error:
+        raise ImportError(
+            f"Rendering needs {error.name}, which is not installed: `pip install "
+            '"sgtr-hf[render]"` (pybullet has wheels for Python 3.10 and 3.11).'
+        ) from error
+
+    write_tabletop(
+        options.folder,
+        images=options.images,
+        validation_images=options.validation_images,
+        test_images=options.test_images,
+        seed=options.seed,
+        workers=options.workers,
+        image_size=options.image_size,
+    )
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sgtr-hf", description=__doc__)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_predict(commands.add_parser("predict", help="find the scene graphs of pictures"))
+    _add_make_tabletop(commands.add_parser("make-tabletop", help="render a tabletop data set"))
+    return parser
+
+
+def _add_predict(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=predict)
+    parser.add_argument("images", nargs="+", help="image files, URLs or folders of images")
+    parser.add_argument(
+        "--model", default=DEFAULT_CHECKPOINT, help="folder or Hub id; the shipped one by default"
+    )
+    parser.add_argument("--output", type=Path, help="write the graphs as JSON to this file")
+    parser.add_argument("--draw", type=Path, help="draw each graph into this image file")
+    parser.add_argument("--top-k", type=_positive, default=20, help="most relations a picture")
+    parser.add_argument("--threshold", type=_probability, default=0.1, help="least relation score")
+    parser.add_argument(
+        "--graph-constraint",
+        action="store_true",
+        help="keep one predicate for each ordered pair of entities",
+    )
+
+
+def _add_make_tabletop(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=make_tabletop)
+    parser.add_argument("folder", type=Path, metavar="OUTPUT", help="empty or new folder")
+    parser.add_argument("--images", type=_positive, default=10000, help="training images")
+    parser.add_argument("--validation-images", type=int, default=500)
+    parser.add_argument("--test-images", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0, help="decides every scene")
+    parser.add_argument("--workers", type=_positive, help="processes; one a core by default")
+    parser.add_argument("--image-size", type=_positive, default=256, help="pixels a side")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _probability(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {value}")
+    return value
+
+
+def _image_paths(images: Iterable[str]) -> Iterable[str]:
+    """Files and URLs as they are, folders as the image files in them."""
+    for image in images:
+        if image.startswith(("http://", "https://")):
+            yield image
+            continue
+        path = Path(image)
+        if path.is_dir():
+            files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+            if not files:
+                raise ValueError(f"the folder {path} has no image ({', '.join(IMAGE_SUFFIXES)}).")
+            yield from map(str, files)
+        elif path.is_file():
+            yield image
+        else:
+            raise FileNotFoundError(f"there is no file or folder {path}.")
+
+
+def _model_folder(model: str) -> str:
+    """Reject a local folder that is no checkpoint before transformers takes it for a Hub id."""
+    path = Path(model)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"`--model` {model} is not a checkpoint: the folder has no config.json.")
+    return model
+
+
+def _check_output_names(options: argparse.Namespace, count: int) -> None:
+    for path in (options.output, options.draw):
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"the folder {path.parent} of {path.name} does not exist.")
+    if options.draw is not None and options.draw.suffix.lower() not in IMAGE_SUFFIXES:
+        raise ValueError(f"`--draw` {options.draw} must end like an image file, as in graph.png.")
+
+
+def _numbered(path: Path, image: str, count: int) -> Path:
+    """The drawing's file; with several pictures, each gets its own name into it."""
+    return path if count == 1 else path.with_name(f"{path.stem}-{Path(image).stem}{path.suffix}")
+
+
+def _print_graph(path: str, graph: SceneGraph) -> None:
+    print(f"{path}: {graph.num_entities} entities, {graph.num_relations} relations")
+    for triplet in graph.triplets():
+        print(f"  {triplet.score:.2f}  {triplet.subject} - {triplet.predicate} - {triplet.object}")
+
+
+def _draw(image: str, graph: SceneGraph, output: Path) -> None:
+    from transformers.image_utils import load_image
+
+    from .visualization.scene_graph_drawing import draw_scene_graph
+
+    picture: Image.Image = load_image(image)
+    draw_scene_graph(picture, graph).save(output)
+
+
+def _write(output: Path, graphs: dict[str, SceneGraph]) -> None:
+    """One picture: its graph; several: a dictionary from path to graph."""
+    dictionaries = {path: graph.to_dict() for path, graph in graphs.items()}
+    content = next(iter(dictionaries.values())) if len(dictionaries) == 1 else dictionaries
+    output.write_text(json.dumps(content, indent=2) + "\n")
