@@ -44,9 +44,7 @@ def register() -> None:
         AutoModel.register(config, base, exist_ok=True)
         # Also for scene graphs: published repositories can only name Auto classes of transformers.
         AutoModelForObjectDetection.register(config, head, exist_ok=True)
-        AutoImageProcessor.register(
-            config, image_processor_classes=image_processors, exist_ok=True
-        )
+        AutoImageProcessor.register(config, image_processor_classes=image_processors, exist_ok=True)
     AutoModelForSceneGraphGeneration.register(
         SgtrConfig, SgtrForSceneGraphGeneration, exist_ok=True
     )

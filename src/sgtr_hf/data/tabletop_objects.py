@@ -154,9 +154,7 @@ def _table_parts(half_sides: Array) -> list[tuple[Array, Array]]:
     return parts
 
 
-def _cuboid_shapes(
-    parts: list[tuple[Array, Array]], half_sides: Array, client: int
-) -> ShapePair:
+def _cuboid_shapes(parts: list[tuple[Array, Array]], half_sides: Array, client: int) -> ShapePair:
     centres = [part[0].tolist() for part in parts]
     halves = [part[1].tolist() for part in parts]
     kinds = [pybullet.GEOM_BOX] * len(parts)

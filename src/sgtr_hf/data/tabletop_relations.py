@@ -142,8 +142,11 @@ def _holder(objects: list[PlacedObject], index: int) -> int:
         is_upright = container.rotation[2, 2] > 0.9
         is_within = (np.abs(offset[:2]) < container.inner_half_sides[:2]).all()
         depth = offset[2] - min(objects[index].half_sides[2], 0.3)
-        if is_upright and is_within and -container.half_sides[2] < offset[2] and (
-            depth < container.half_sides[2]
+        if (
+            is_upright
+            and is_within
+            and -container.half_sides[2] < offset[2]
+            and (depth < container.half_sides[2])
         ):
             return other
     return FLOOR
@@ -186,9 +189,7 @@ def _neighbours(
     return pairs
 
 
-def _direction(
-    subject: PlacedObject, object_: PlacedObject, gap: float, camera: CameraAxes
-) -> str:
+def _direction(subject: PlacedObject, object_: PlacedObject, gap: float, camera: CameraAxes) -> str:
     offset = subject.centre - object_.centre
     right, away = float(offset @ camera.right), float(offset @ camera.away)
     if gap < TOUCHING_GAP:

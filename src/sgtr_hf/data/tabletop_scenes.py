@@ -9,21 +9,17 @@ import pybullet
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from .tabletop_objects import ENTITY_NAMES
-from .tabletop_objects import KINDS
-from .tabletop_objects import NUM_TABLE_PARTS
-from .tabletop_objects import ObjectKind
-from .tabletop_objects import ShapePair
-from .tabletop_objects import inner_half_sides
-from .tabletop_objects import make_shapes
-from .tabletop_relations import FLOOR
-from .tabletop_relations import NEIGHBOUR_GAP
-from .tabletop_relations import CameraAxes
-from .tabletop_relations import Contacts
-from .tabletop_relations import PlacedObject
-from .tabletop_relations import annotate
-from .tabletop_textures import random_color
-from .tabletop_textures import write_textures
+from .tabletop_objects import (
+    ENTITY_NAMES,
+    KINDS,
+    NUM_TABLE_PARTS,
+    ObjectKind,
+    ShapePair,
+    inner_half_sides,
+    make_shapes,
+)
+from .tabletop_relations import FLOOR, NEIGHBOUR_GAP, CameraAxes, Contacts, PlacedObject, annotate
+from .tabletop_textures import random_color, write_textures
 
 
 NUM_TEXTURES = 60
@@ -429,9 +425,7 @@ class TabletopRenderer:
         rotation = np.array(pybullet.getMatrixFromQuaternion(quaternion)).reshape(3, 3)
         low, high = pybullet.getAABB(body.identifier, physicsClientId=self.client)
         lifts: dict[int, float] = {}
-        for point in pybullet.getContactPoints(
-            bodyA=body.identifier, physicsClientId=self.client
-        ):
+        for point in pybullet.getContactPoints(bodyA=body.identifier, physicsClientId=self.client):
             other, normal, force = point[2], np.array(point[7]), point[9]
             lifts[other] = lifts.get(other, 0.0) + force * normal[2]
             if other in index_of:

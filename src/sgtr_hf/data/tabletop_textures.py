@@ -47,7 +47,9 @@ def _noise(generator: np.random.Generator) -> _Texture:
     total = np.zeros((SIZE, SIZE))
     for octave in range(2, 6):
         cells = Image.fromarray(generator.uniform(size=(2**octave, 2**octave)).astype(np.float32))
-        total += np.asarray(cells.resize((SIZE, SIZE), Image.Resampling.BICUBIC)) / 2 ** (octave - 1)
+        total += np.asarray(cells.resize((SIZE, SIZE), Image.Resampling.BICUBIC)) / 2 ** (
+            octave - 1
+        )
     return (total - total.min()) / (np.ptp(total) + 1e-9)
 
 

@@ -18,8 +18,7 @@ from tqdm import tqdm
 from .schema import scene_graph_features
 from .tabletop_objects import ENTITY_NAMES
 from .tabletop_relations import PREDICATE_NAMES
-from .tabletop_scenes import Scene
-from .tabletop_scenes import TabletopRenderer
+from .tabletop_scenes import Scene, TabletopRenderer
 
 
 SPLITS = ("train", "validation", "test")

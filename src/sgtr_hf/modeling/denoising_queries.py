@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..boxes import box_cxcywh_to_xyxy
-from ..boxes import box_xyxy_to_cxcywh
+from ..boxes import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh
 from ..configuration.configuration_sgtr_detr import SgtrDetrConfig
 from ..losses.hungarian_matching import PaddedAnnotations
 

@@ -6,8 +6,7 @@ The rule has no parameters and no gradient. It works on all images, levels and p
 import torch
 from torch import Tensor, nn
 
-from ..boxes import box_cxcywh_to_xyxy
-from ..boxes import generalized_box_iou
+from ..boxes import box_cxcywh_to_xyxy, generalized_box_iou
 from ..configuration.configuration_sgtr import SgtrConfig
 
 

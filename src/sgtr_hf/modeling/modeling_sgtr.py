@@ -10,26 +10,29 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from ..configuration.configuration_sgtr import SgtrConfig
-from ..losses.hungarian_matching import PaddedAnnotations
-from ..losses.hungarian_matching import AssignmentProblem
-from ..losses.hungarian_matching import assign
-from ..losses.hungarian_matching import assign_all
-from ..losses.hungarian_matching import pad_annotations
-from ..losses.scene_graph_loss import TripletPredictions
-from ..losses.scene_graph_loss import match_triplets
-from ..losses.scene_graph_loss import scene_graph_losses
-from ..losses.scene_graph_loss import triplet_matching_costs
+from ..losses.hungarian_matching import (
+    AssignmentProblem,
+    PaddedAnnotations,
+    assign,
+    assign_all,
+    pad_annotations,
+)
+from ..losses.scene_graph_loss import (
+    TripletPredictions,
+    match_triplets,
+    scene_graph_losses,
+    triplet_matching_costs,
+)
 from .graph_assembling import assembling_scores
-from .modeling_sgtr_detr import EntityLevels
-from .modeling_sgtr_detr import SgtrDetrForObjectDetection
-from .modeling_sgtr_detr import SgtrDetrModelOutput
-from .modeling_sgtr_detr import entity_probabilities
-from .modeling_sgtr_detr import init_transformer_weights
-from .predicate_node_generator import EntityNodes
-from .predicate_node_generator import PredicateNodeGenerator
-from .predicate_node_generator import TripletStates
-from .prediction_heads import box_head
-from .prediction_heads import focal_bias
+from .modeling_sgtr_detr import (
+    EntityLevels,
+    SgtrDetrForObjectDetection,
+    SgtrDetrModelOutput,
+    entity_probabilities,
+    init_transformer_weights,
+)
+from .predicate_node_generator import EntityNodes, PredicateNodeGenerator
+from .prediction_heads import box_head, focal_bias
 
 
 @dataclass

@@ -11,26 +11,18 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils import ModelOutput
 
 from ..configuration.configuration_sgtr_detr import SgtrDetrConfig
-from ..losses.detection_loss import denoising_losses
-from ..losses.detection_loss import detection_losses
-from ..losses.hungarian_matching import PaddedAnnotations
-from ..losses.hungarian_matching import assign
-from ..losses.hungarian_matching import entity_matching_costs
-from ..losses.hungarian_matching import pad_annotations
-from .backbone_freezing import freeze_backbone
-from .backbone_freezing import hold_batch_norm
-from .denoising_queries import DenoisingQueries
-from .denoising_queries import DenoisingQueryGenerator
-from .denoising_queries import denoising_visibility
-from .position_embedding import box_sine_embedding
-from .position_embedding import centre_sine_embedding
-from .position_embedding import grid_sine_embedding
-from .prediction_heads import MultiLayerPerceptron
-from .prediction_heads import box_head
-from .prediction_heads import focal_bias
-from .prediction_heads import inverse_sigmoid
-from .transformer_layers import DecoderLayer
-from .transformer_layers import EncoderLayer
+from ..losses.detection_loss import denoising_losses, detection_losses
+from ..losses.hungarian_matching import (
+    PaddedAnnotations,
+    assign,
+    entity_matching_costs,
+    pad_annotations,
+)
+from .backbone_freezing import freeze_backbone, hold_batch_norm
+from .denoising_queries import DenoisingQueries, DenoisingQueryGenerator, denoising_visibility
+from .position_embedding import box_sine_embedding, centre_sine_embedding, grid_sine_embedding
+from .prediction_heads import MultiLayerPerceptron, box_head, focal_bias, inverse_sigmoid
+from .transformer_layers import DecoderLayer, EncoderLayer
 
 
 @dataclass

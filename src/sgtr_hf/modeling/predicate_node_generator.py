@@ -13,11 +13,9 @@ from transformers.masking_utils import create_bidirectional_mask
 
 from ..configuration.configuration_sgtr import SgtrConfig
 from .modeling_sgtr_detr import ImageMemory
-from .position_embedding import box_sine_embedding
-from .position_embedding import centre_sine_embedding
+from .position_embedding import box_sine_embedding, centre_sine_embedding
 from .prediction_heads import MultiLayerPerceptron
-from .transformer_layers import DecoderLayer
-from .transformer_layers import EncoderLayer
+from .transformer_layers import DecoderLayer, EncoderLayer
 
 
 class EntityNodes(NamedTuple):
@@ -131,7 +129,9 @@ class StructuralPredicateDecoder(nn.Module):
                 )
             )
             subject = self.indicator_norm(
-                subject_layer(states.subject, query_position=positions.subject, **entities, **kwargs)
+                subject_layer(
+                    states.subject, query_position=positions.subject, **entities, **kwargs
+                )
             )
             object_ = self.indicator_norm(
                 object_layer(states.object, query_position=positions.object, **entities, **kwargs)

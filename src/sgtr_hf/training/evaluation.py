@@ -1,0 +1,155 @@
+"""Evaluation of a model on annotated images, streamed batch by batch."""
+
+import math
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from transformers import PreTrainedModel
+
+from ..metrics.detection import DetectionAccuracy
+from ..metrics.frequency_baseline import FrequencyBaseline
+from ..metrics.recall import DetectorCeiling, SceneGraphRecall
+from ..scene_graph import SceneGraph
+
+
+class _Metric(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def merge_state(self, state: Any) -> None: ...
+
+    def compute(self) -> dict[str, Any]: ...
+
+
+class Evaluator:
+    """Detection accuracy and, for a scene graph model, recalls beside baseline and ceiling.
+
+    Args:
+        image_processor: A `SgtrImageProcessor`; its post-processing makes the results.
+        id2label: Names of classes.
+        id2predicate: Names of predicates.
+        baseline: Fitted on training annotations; None for a detector.
+        top_k: Relations a picture that count.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any,
+        id2label: dict[int, str],
+        id2predicate: dict[int, str],
+        baseline: FrequencyBaseline | None = None,
+        top_k: int = 100,
+    ) -> None:
+        self.image_processor = image_processor
+        self.names = {"id2label": id2label, "id2predicate": id2predicate}
+        self.baseline = baseline
+        self.top_k = top_k
+        self.detection = DetectionAccuracy(id2label)
+        self.recalls = {
+            name: SceneGraphRecall(id2predicate=id2predicate)
+            for name in (
+                "model",
+                "model_constrained",
+                "baseline",
+                "baseline_unconstrained",
+                "baseline_true_entities",
+            )
+        }
+        self.ceiling = DetectorCeiling(id2predicate=id2predicate)
+
+    def update(self, outputs: Any, references: list[SceneGraph]) -> None:
+        """Add a batch: the model's outputs and the annotated graphs, in the same order."""
+        sizes = torch.tensor([reference.image_size for reference in references])
+        detections = self.image_processor.post_process_object_detection(
+            outputs, threshold=0.0, target_sizes=sizes
+        )
+        self.detection.update(detections, references)
+        if self.baseline is None:
+            return
+        arguments = {"top_k": self.top_k, "target_sizes": sizes, **self.names}
+        process = self.image_processor.post_process_scene_graph
+        graphs = process(outputs, **arguments)
+        constrained = process(outputs, graph_constraint=True, **arguments)
+        entities = [
+            _entities(detection, reference)
+            for detection, reference in zip(detections, references, strict=True)
+        ]
+        self.recalls["model"].update(graphs, references)
+        self.recalls["model_constrained"].update(constrained, references)
+        self.ceiling.update(entities, references)
+        for name, sources, constraint in (
+            ("baseline", entities, True),
+            ("baseline_unconstrained", entities, False),
+            ("baseline_true_entities", references, True),
+        ):
+            guesses = [
+                self.baseline.predict(source, self.top_k, graph_constraint=constraint)
+                for source in sources
+            ]
+            self.recalls[name].update(guesses, references)
+
+    def gather(self) -> None:
+        """Add what the other processes have seen; a no-op with one process."""
+        for metric in self._metrics().values():
+            states = gather_object([metric.state_dict()])
+            own = PartialState().process_index
+            for state in (*states[:own], *states[own + 1 :]):
+                metric.merge_state(state)
+
+    def compute(self) -> dict[str, Any]:
+        """Return the figures by name: flat numbers, and `details` by class and predicate."""
+        detection = self.detection.compute()
+        figures: dict[str, Any] = {name: detection[name] for name in ("AP", "AP50", "AP75")}
+        details: dict[str, Any] = {"detection": detection}
+        if self.baseline is not None:
+            for name, recall in self.recalls.items():
+                details[name] = recall.compute()
+                prefix = "" if name == "model" else f"{name}_"
+                figures |= {
+                    f"{prefix}{key}": value
+                    for key, value in details[name].items()
+                    if key.startswith(("R@", "mR@", "F@"))
+                }
+            details["ceiling"] = self.ceiling.compute()
+            figures |= {f"ceiling_{key}": details["ceiling"][key] for key in ("R", "mR")}
+        figures = {name: _plain(value) for name, value in figures.items()}
+        return figures | {"details": details}
+
+    def _metrics(self) -> dict[str, _Metric]:
+        metrics: dict[str, _Metric] = {"detection": self.detection}
+        if self.baseline is not None:
+            metrics |= {**self.recalls, "ceiling": self.ceiling}
+        return metrics
+
+
+@torch.inference_mode()
+def evaluate(model: PreTrainedModel, batches: Iterable[dict[str, Any]], evaluator: Evaluator) -> None:
+    """Run a model over batches of the collator and feed the evaluator."""
+    model.eval()
+    device = next(model.parameters()).device
+    for batch in batches:
+        mask = batch.get("pixel_mask")
+        outputs = model(
+            batch["pixel_values"].to(device), None if mask is None else mask.to(device)
+        )
+        evaluator.update(outputs, batch["references"])
+
+
+def _entities(detection: dict[str, Any], reference: SceneGraph) -> SceneGraph:
+    """Detections as a graph without relations."""
+    return SceneGraph(
+        boxes_xyxy=detection["boxes"].cpu().numpy(),
+        labels=detection["labels"].cpu().numpy(),
+        scores=detection["scores"].cpu().numpy(),
+        relations=np.zeros((0, 3), dtype=np.int64),
+        relation_scores=np.zeros(0, dtype=np.float32),
+        image_size=reference.image_size,
+    )
+
+
+def _plain(value: Any) -> float | None:
+    number = float(value)
+    return None if math.isnan(number) else round(number, 6)

@@ -1,0 +1,215 @@
+"""Recipes: a whole training run in one YAML file."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+@dataclass
+class DataSettings:
+    """Where the images come from and how they are varied.
+
+    Args:
+        path: Folder that `datasets.load_dataset` reads, with splits train and validation.
+        flip_probability: Share of training images that are mirrored.
+        flip_swaps: Pairs of predicates that change places in the mirror.
+        brightness: Largest relative change of brightness and of contrast.
+        num_workers: Processes that read images.
+    """
+
+    path: str
+    flip_probability: float = 0.5
+    flip_swaps: list[list[str]] = field(default_factory=list)
+    brightness: float = 0.0
+    num_workers: int = 1
+
+    def __post_init__(self) -> None:
+        _check_range("data.flip_probability", self.flip_probability, 0, 1)
+        _check_range("data.brightness", self.brightness, 0, 1)
+        _check_range("data.num_workers", self.num_workers, 0)
+
+
+@dataclass
+class TrainingSettings:
+    """How the model is optimised.
+
+    Args:
+        output_dir: Folder of log, curve, checkpoints and the final model.
+        epochs: Passes over the training split.
+        seed: Of weights, order, augmentation and denoising.
+        batch_size: Images a process and step.
+        gradient_accumulation_steps: Steps whose gradients are added before an update.
+        learning_rate: Of everything but the backbone.
+        backbone_learning_rate: Of the backbone's trainable part.
+        weight_decay: Of matrices; norms, biases and embeddings have none.
+        warmup_steps: Updates over which the rates rise from 0.
+        schedule: How they fall: "cosine" to 0, "step" by 10 after 80 % of the run, or not at all.
+        gradient_clip_norm: Largest norm of all gradients together; 0 does not clip.
+        ema_decay: Decay of the moving average of weights that is evaluated and saved; 0 for none.
+        mixed_precision: "bf16" computes products in bfloat16.
+        gradient_checkpointing: Trade time for memory.
+        num_threads: Threads of torch; its own choice if null.
+        evaluate_every: Epochs between evaluations.
+        checkpoint_every: Epochs between checkpoints.
+        keep_checkpoints: Checkpoints that stay.
+        resume: "auto" goes on from the newest checkpoint in `output_dir`; or its path; or null.
+        log_every: Updates between lines of the log.
+    """
+
+    output_dir: str
+    epochs: int
+    seed: int = 0
+    batch_size: int = 16
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-4
+    backbone_learning_rate: float = 1e-5
+    weight_decay: float = 1e-4
+    warmup_steps: int = 100
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    gradient_clip_norm: float = 0.1
+    ema_decay: float = 0.0
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    gradient_checkpointing: bool = False
+    num_threads: int | None = None
+    evaluate_every: int = 1
+    checkpoint_every: int = 1
+    keep_checkpoints: int = 2
+    resume: str | None = "auto"
+    log_every: int = 20
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "gradient_accumulation_steps", "evaluate_every"):
+            _check_range(f"training.{name}", getattr(self, name), 1)
+        for name in ("checkpoint_every", "keep_checkpoints", "log_every"):
+            _check_range(f"training.{name}", getattr(self, name), 1)
+        for name in ("learning_rate", "backbone_learning_rate", "weight_decay", "warmup_steps"):
+            _check_range(f"training.{name}", getattr(self, name), 0)
+        _check_range("training.gradient_clip_norm", self.gradient_clip_norm, 0)
+        _check_range("training.ema_decay", self.ema_decay, 0, 1)
+
+
+@dataclass
+class Recipe:
+    """One run.
+
+    Args:
+        task: "detection" trains `SgtrDetrForObjectDetection`, "scene_graph" the whole model.
+        data: Where the images come from.
+        training: How the model is optimised.
+        model: Fields of the task's configuration; names of classes come from the data.
+        image_processor: Arguments of `SgtrImageProcessor`.
+        backbone_weights: Weights that the backbone starts from; null for random ones.
+        detector: Folder or Hub id of the detector that a scene graph model starts from.
+    """
+
+    task: Literal["detection", "scene_graph"]
+    data: DataSettings
+    training: TrainingSettings
+    model: dict[str, Any] = field(default_factory=dict)
+    image_processor: dict[str, Any] = field(default_factory=dict)
+    backbone_weights: Literal["efficientnet_lite0"] | None = None
+    detector: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.detector is not None and self.task == "detection":
+            raise ValueError('`detector` has no use with `task: detection`; remove it.')
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        path: A YAML file.
+        overrides: Entries like "training.epochs=3", as from a command line.
+
+    Raises:
+        ValueError: If an entry is unknown, missing, of a wrong type or out of range.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"There is no recipe {path}; recipes are YAML files, see recipes/.")
+    entries = yaml.safe_load(path.read_text())
+    if not isinstance(entries, dict):
+        raise ValueError(f"The recipe {path} must hold sections, got {type(entries).__name__}.")
+    for override in overrides:
+        _apply_override(entries, override)
+    return typing.cast(Recipe, _build(Recipe, entries, prefix=""))
+
+
+def _apply_override(entries: dict[str, Any], override: str) -> None:
+    name, equals, value = override.partition("=")
+    if not equals:
+        raise ValueError(f"An override must look like training.epochs=3, got {override!r}.")
+    *sections, last = name.split(".")
+    target = entries
+    for section in sections:
+        target = target.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise ValueError(f"`{section}` in the override {override!r} is not a section.")
+    target[last] = yaml.safe_load(value)
+
+
+def _build(kind: type, entries: dict[str, Any], prefix: str) -> Any:
+    """Make a dataclass of a mapping, checking names and types."""
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(entries) - set(hints))
+    if unknown:
+        raise ValueError(
+            f"The recipe has no entry `{prefix}{unknown[0]}`; known are {', '.join(sorted(hints))}."
+        )
+    values = {}
+    for entry in dataclasses.fields(kind):
+        name = entry.name
+        is_required = (
+            entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+        )
+        if name not in entries:
+            if is_required:
+                raise ValueError(f"The recipe lacks `{prefix}{name}`.")
+            continue
+        values[name] = _checked(hints[name], entries[name], f"{prefix}{name}")
+    return kind(**values)
+
+
+def _checked(hint: Any, value: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(value, dict):
+            raise ValueError(f"`{name}` must be a section with entries, got {value!r}.")
+        return _build(hint, value, prefix=f"{name}.")
+    if not _fits(hint, value):
+        raise ValueError(
+            f"`{name}` must be {_describe(hint)}, got {value!r}. (YAML reads 1e-4 as text; "
+            "write 1.0e-4.)"
+        )
+    return float(value) if hint is float else value
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return value in typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(option, value) for option in typing.get_args(hint))
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, origin or hint)
+
+
+def _describe(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
+    return getattr(hint, "__name__", str(hint))
+
+
+def _check_range(name: str, value: float, low: float, high: float | None = None) -> None:
+    if value < low or (high is not None and value > high):
+        limits = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise ValueError(f"`{name}` must be {limits}, got {value}.")
