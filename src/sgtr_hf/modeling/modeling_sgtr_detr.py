@@ -225,6 +225,8 @@ class SgtrDetrModel(SgtrDetrPreTrainedModel):
     ) -> ImageMemory:
         """Run backbone and encoder; arguments as in `forward`."""
         features, positions, masks = [], [], []
+        # Convolutions are a third faster on processors, and on GPUs, with channels last.
+        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         feature_maps = self.backbone(pixel_values).feature_maps
         for level, (feature_map, projection) in enumerate(
             zip(feature_maps, self.input_projections, strict=True)
