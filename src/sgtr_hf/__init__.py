@@ -1,6 +1,33 @@
-"""End-to-end scene graph generation for the Hugging Face stack."""
+"""End-to-end scene graph generation on the Hugging Face stack.
+
+Importing the package registers its models with the Auto classes of transformers and its pipeline
+as `pipeline("scene-graph")`.
+"""
 
 from ._version import __version__
+from .auto import AutoModelForSceneGraphGeneration, register
+from .configuration.configuration_sgtr import SgtrConfig
+from .configuration.configuration_sgtr_detr import SgtrDetrConfig
+from .modeling.modeling_sgtr import SgtrForSceneGraphGeneration, SgtrModel
+from .modeling.modeling_sgtr_detr import SgtrDetrForObjectDetection, SgtrDetrModel
+from .image_processing.image_processing_sgtr import SgtrImageProcessor, SgtrImageProcessorPil
+from .pipelines.scene_graph_pipeline import SceneGraphPipeline
+from .scene_graph import SceneGraph
 
 
-__all__ = ["__version__"]
+register()
+
+__all__ = [
+    "AutoModelForSceneGraphGeneration",
+    "SceneGraph",
+    "SceneGraphPipeline",
+    "SgtrConfig",
+    "SgtrDetrConfig",
+    "SgtrDetrForObjectDetection",
+    "SgtrDetrModel",
+    "SgtrForSceneGraphGeneration",
+    "SgtrImageProcessor",
+    "SgtrImageProcessorPil",
+    "SgtrModel",
+    "__version__",
+]

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Pipeline
-from transformers.image_utils import load_image
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
-from ..image_processing.image_processing_sgtr import to_rgb_image
+from ..image_processing.image_processing_sgtr import read_image
 from ..scene_graph import SceneGraph
 
 
@@ -73,8 +72,7 @@ class SceneGraphPipeline(Pipeline):
 
     def preprocess(self, inputs: Any, timeout: float | None = None) -> dict[str, Tensor]:
         """Read a picture and make it model input, with its size as `target_sizes` (1, 2)."""
-        is_address = isinstance(inputs, str)
-        image = to_rgb_image(load_image(inputs, timeout=timeout) if is_address else inputs)
+        image = read_image(inputs, timeout)
         features = self.image_processor(images=image, return_tensors="pt")
         features["target_sizes"] = torch.tensor([[image.height, image.width]])
         return dict(features)

@@ -1,0 +1,439 @@
+"""Image processors: pictures and annotations become model inputs, outputs become results."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from transformers.image_processing_backends import PilBackend, TorchvisionBackend
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_transforms import group_images_by_shape, reorder_images
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    PILImageResampling,
+    SizeDict,
+    load_image,
+)
+from transformers.processing_utils import ImagesKwargs
+from transformers.utils import logging
+from transformers.utils.import_utils import is_torchvision_available
+
+from ..boxes import box_xyxy_to_cxcywh
+from ..post_processing import detect_objects
+from ..post_processing import find_scene_graphs
+from ..scene_graph import SceneGraph
+
+
+logger = logging.get_logger(__name__)
+
+_WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+_CHANNELS = (1, 3, 4)
+
+
+class SgtrImageProcessorKwargs(ImagesKwargs, total=False):
+    """Settings beyond those of all image processors.
+
+    channel_order (`Literal["rgb", "bgr"]`):
+        Order in which the model gets the channels; mean and standard deviation are in it too.
+    """
+
+    channel_order: Literal["rgb", "bgr"] | None
+
+
+class _SgtrImageProcessing:
+    """What both backends share; boxes are relative to the image without its padding.
+
+    (The DETR processor of transformers relates boxes to the padded image instead, so that they
+    mean other things in other batches.)
+    """
+
+    valid_kwargs = SgtrImageProcessorKwargs
+    model_input_names = ["pixel_values", "pixel_mask"]  # noqa: RUF012 - transformers' contract
+    resample = PILImageResampling.BILINEAR
+    image_mean = IMAGENET_DEFAULT_MEAN
+    image_std = IMAGENET_DEFAULT_STD
+    size = {"shortest_edge": 800, "longest_edge": 1333}  # noqa: RUF012 - transformers' contract
+    default_to_square = False
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    do_pad = True
+    channel_order = "rgb"
+
+    def preprocess(
+        self,
+        images: Any,
+        annotations: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Prepare images, and annotations where they are given.
+
+        Args:
+            images: One picture or several, as PIL images of any mode, arrays, tensors or paths.
+            annotations: COCO style, one an image: "image_id", "annotations" (each with "bbox" as
+                x, y, width, height in pixels and "category_id"), and "relations": rows of subject
+                and object, as positions in "annotations", and predicate.
+            **kwargs: Settings for this call.
+
+        Returns:
+            pixel_values (B, 3, H, W), pixel_mask (B, H, W) with 1 on the image, and with
+            annotations `labels`: for each image class_labels (T,), boxes (T, 4) as cxcywh relative
+            to the image, relations (R, 3), image_id, orig_size and size (height, width).
+
+        Raises:
+            ValueError: If a picture cannot be read, or an annotation points outside.
+            TypeError: If something is not a picture.
+        """
+        pictures = images if isinstance(images, (list, tuple)) else [images]
+        if not pictures:
+            raise ValueError("`images` must hold at least one picture, got none.")
+        pictures = [read_image(picture) for picture in pictures]
+        if isinstance(annotations, Mapping):
+            annotations = [annotations]
+        if annotations is not None and len(annotations) != len(pictures):
+            raise ValueError(
+                f"`annotations` must have one entry an image, got {len(annotations)} for "
+                f"{len(pictures)} images."
+            )
+        return super().preprocess(pictures, annotations, **kwargs)  # type: ignore[misc]
+
+    def _preprocess(  # noqa: PLR0913 - transformers passes every setting by name
+        self,
+        images: list[Any],
+        annotations: Sequence[Mapping[str, Any]] | None,
+        do_resize: bool,
+        size: SizeDict,
+        resample: Any,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: Any,
+        image_std: Any,
+        do_pad: bool,
+        pad_size: SizeDict | None,
+        channel_order: str,
+        return_tensors: Any,
+        **_: Any,
+    ) -> BatchFeature:
+        original_sizes = [tuple(image.shape[-2:]) for image in images]
+        normalization = (do_rescale, rescale_factor, do_normalize, image_mean, image_std)
+        resized = self._transform(
+            images, size if do_resize else None, resample, channel_order, normalization
+        )
+        pixel_values, pixel_mask = _pad(resized, pad_size, do_pad=do_pad)
+        features = BatchFeature(
+            {"pixel_values": pixel_values, "pixel_mask": pixel_mask}, tensor_type=return_tensors
+        )
+        if annotations is not None:
+            features["labels"] = [
+                BatchFeature(
+                    make_labels(annotation, original, tuple(image.shape[-2:])),
+                    tensor_type=return_tensors,
+                )
+                for annotation, original, image in zip(
+                    annotations, original_sizes, resized, strict=True
+                )
+            ]
+        return features
+
+    def _transform(
+        self,
+        images: list[Any],
+        size: SizeDict | None,
+        resample: Any,
+        channel_order: str,
+        normalization: tuple[Any, ...],
+    ) -> list[Tensor]:
+        raise NotImplementedError
+
+    def post_process_object_detection(
+        self,
+        outputs: Any,
+        threshold: float = 0.5,
+        target_sizes: Tensor | Sequence[tuple[int, int]] | None = None,
+    ) -> list[dict[str, Tensor]]:
+        """Turn outputs into detections, best first.
+
+        Args:
+            outputs: Of a detection or scene graph model.
+            threshold: Least score, in [0, 1].
+            target_sizes: (B, 2) height and width to scale boxes to; normalised boxes if None.
+
+        Returns:
+            For each image "scores" (E,), "labels" (E,) and "boxes" (E, 4) as x1, y1, x2, y2.
+
+        Raises:
+            ValueError: If outputs are not finite or sizes do not fit.
+        """
+        return detect_objects(
+            outputs["entity_probabilities"], outputs["pred_boxes"], threshold, target_sizes
+        )
+
+    def post_process_scene_graph(  # noqa: PLR0913
+        self,
+        outputs: Any,
+        threshold: float = 0.0,
+        top_k: int = 100,
+        target_sizes: Tensor | Sequence[tuple[int, int]] | None = None,
+        graph_constraint: bool = False,
+        id2label: Mapping[int, str] | None = None,
+        id2predicate: Mapping[int, str] | None = None,
+    ) -> list[SceneGraph]:
+        """Turn outputs into scene graphs.
+
+        Args:
+            outputs: Of a scene graph model.
+            threshold: Least score of a relation, in [0, 1].
+            top_k: Most relations a graph.
+            target_sizes: (B, 2) height and width of the pictures; boxes are scaled to them.
+            graph_constraint: Keep only the best predicate of an ordered pair of entities.
+            id2label: Names of classes for the results.
+            id2predicate: Names of predicates for the results.
+
+        Raises:
+            ValueError: If outputs are not finite or an argument is out of range.
+        """
+        return find_scene_graphs(
+            outputs,
+            target_sizes,
+            threshold=threshold,
+            top_k=top_k,
+            graph_constraint=graph_constraint,
+            names=(id2label, id2predicate),
+        )
+
+
+class SgtrImageProcessorPil(_SgtrImageProcessing, PilBackend):
+    """The image processor on PIL and numpy alone."""
+
+    def _transform(
+        self,
+        images: list[Any],
+        size: SizeDict | None,
+        resample: Any,
+        channel_order: str,
+        normalization: tuple[Any, ...],
+    ) -> list[Tensor]:
+        do_rescale, rescale_factor, do_normalize, image_mean, image_std = normalization
+        transformed = []
+        for image in images:
+            array = image if size is None else self.resize(image, size=size, resample=resample)
+            if channel_order == "bgr":
+                array = array[::-1]
+            if do_rescale:
+                array = self.rescale(array, rescale_factor)
+            if do_normalize:
+                array = self.normalize(array, image_mean, image_std)
+            transformed.append(torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)))
+        return transformed
+
+
+if is_torchvision_available():
+
+    class SgtrImageProcessor(_SgtrImageProcessing, TorchvisionBackend):
+        """The image processor on torchvision; images of one size go through together."""
+
+        def _transform(
+            self,
+            images: list[Any],
+            size: SizeDict | None,
+            resample: Any,
+            channel_order: str,
+            normalization: tuple[Any, ...],
+        ) -> list[Tensor]:
+            groups, positions = group_images_by_shape(images, disable_grouping=False)
+            for shape, group in groups.items():
+                if size is not None and tuple(group.shape[-2:]) != (size.height, size.width):
+                    group = self.resize(group, size=size, resample=resample)
+                if channel_order == "bgr":
+                    group = group.flip(-3)
+                groups[shape] = self.rescale_and_normalize(group, *normalization)
+            return list(reorder_images(groups, positions))
+
+
+def read_image(source: Any, timeout: float | None = None) -> Image.Image:
+    """Open a picture of any kind as 8-bit RGB, upright as its EXIF tag says.
+
+    Args:
+        source: A path or URL, a PIL image of any mode, or an array or tensor (H, W), (H, W, C) or
+            (C, H, W) of 1, 3 or 4 channels: 8 or 16 bits, or floats in [0, 1].
+        timeout: Seconds to wait for a URL.
+
+    Raises:
+        ValueError: If it cannot be read.
+        TypeError: If it is not a picture.
+    """
+    if isinstance(source, (str, bytes)) or hasattr(source, "__fspath__"):
+        try:
+            source = load_image(str(source), timeout=timeout)
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+            raise ValueError(f"{source} cannot be read as a picture: {error}") from error
+    if isinstance(source, (np.ndarray, Tensor)):
+        return _array_to_rgb(np.asarray(source))
+    if not isinstance(source, Image.Image):
+        raise TypeError(
+            f"A picture must be a path, URL, PIL image, array or tensor, got "
+            f"{type(source).__name__}."
+        )
+    try:
+        return _to_rgb(ImageOps.exif_transpose(source))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"The picture is broken and cannot be decoded: {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        image.load()
+        return image
+    if image.mode in _WIDE_MODES or image.mode == "F":
+        return _array_to_rgb(np.asarray(image))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        colors = image.convert("RGBA")
+        white = Image.new("RGBA", colors.size, "white")
+        return Image.alpha_composite(white, colors).convert("RGB")
+    return image.convert("RGB")
+
+
+def _array_to_rgb(array: np.ndarray) -> Image.Image:
+    """Bring numbers of any range to 8 bits, and channels to three."""
+    if array.ndim not in (2, 3) or 0 in array.shape:
+        raise ValueError(f"A picture must have shape (H, W), (H, W, C) or (C, H, W), got {array.shape}.")
+    if array.ndim == 3 and array.shape[-1] not in _CHANNELS and array.shape[0] in _CHANNELS:  # noqa: PLR2004
+        array = array.transpose(1, 2, 0)
+    if array.ndim == 3 and array.shape[-1] not in _CHANNELS:  # noqa: PLR2004
+        raise ValueError(f"A picture must have 1, 3 or 4 channels, got shape {array.shape}.")
+    if array.ndim == 3 and array.shape[-1] == 1:  # noqa: PLR2004
+        array = array[..., 0]
+    return _to_rgb(Image.fromarray(np.ascontiguousarray(_to_8_bits(array))))
+
+
+def _to_8_bits(array: np.ndarray) -> np.ndarray:
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == np.bool_:
+        return array.astype(np.uint8) * 255
+    values = array.astype(np.float64)
+    if not np.isfinite(values).all() or values.min() < 0:
+        raise ValueError("The numbers of a picture must be finite and not negative.")
+    is_float = np.issubdtype(array.dtype, np.floating)
+    highest = values.max()
+    if is_float and highest <= 1:
+        factor = 255.0
+    elif highest <= 255:  # noqa: PLR2004
+        factor = 1.0
+    elif highest <= 65535:  # noqa: PLR2004
+        # 16 bits are scaled, not cut off: 65535 becomes 255.
+        factor = 255 / 65535
+    else:
+        raise ValueError(f"The numbers of a picture must not exceed 65535, got {highest}.")
+    if array.dtype == np.uint16:
+        factor = 255 / 65535
+    return np.asarray((values * factor).round().astype(np.uint8))
+
+
+def make_labels(
+    annotation: Mapping[str, Any], original_size: tuple[int, ...], size: tuple[int, ...]
+) -> dict[str, Any]:
+    """Turn the annotation of one image into the labels that the models take.
+
+    Crowds and boxes without area inside the image go, with the relations that touch them; the
+    relations that stay point to the right entities.
+
+    Args:
+        annotation: COCO style with "relations"; see `SgtrImageProcessorPil.preprocess`.
+        original_size: Height and width that the boxes refer to.
+        size: Height and width after resizing.
+
+    Raises:
+        ValueError: If an entry is missing or points to nothing.
+    """
+    image_id = annotation.get("image_id")
+    entries = annotation.get("annotations")
+    if entries is None:
+        raise ValueError(f"The annotation of image {image_id} lacks `annotations`.")
+    height, width = original_size
+    boxes = np.array([_box(entry, image_id) for entry in entries], dtype=np.float64).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    boxes = boxes.clip(0, [width, height, width, height])
+    classes = np.array([_class(entry, image_id) for entry in entries], dtype=np.int64)
+    is_crowd = np.array([bool(entry.get("iscrowd", 0)) for entry in entries], dtype=np.bool_)
+    is_kept = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]) & ~is_crowd
+    relations = _remap(_relations(annotation, len(entries), image_id), is_kept, image_id)
+    normalized = torch.from_numpy(boxes[is_kept] / [width, height, width, height])
+    return {
+        "class_labels": torch.from_numpy(classes[is_kept]),
+        "boxes": box_xyxy_to_cxcywh(normalized).float(),
+        "relations": torch.from_numpy(relations),
+        "image_id": image_id,
+        "orig_size": torch.tensor([height, width]),
+        "size": torch.tensor(list(size)),
+    }
+
+
+def _box(entry: Mapping[str, Any], image_id: Any) -> list[float]:
+    box = entry.get("bbox")
+    if box is None or len(box) != 4 or not np.isfinite(box).all():  # noqa: PLR2004
+        raise ValueError(
+            f"Image {image_id}: `bbox` must be four finite numbers x, y, width, height, got {box}."
+        )
+    return list(box)
+
+
+def _class(entry: Mapping[str, Any], image_id: Any) -> int:
+    label = entry.get("category_id")
+    if label is None or int(label) < 0:
+        raise ValueError(f"Image {image_id}: `category_id` must count from 0, got {label}.")
+    return int(label)
+
+
+def _relations(annotation: Mapping[str, Any], num_entities: int, image_id: Any) -> np.ndarray:
+    relations = np.array(annotation.get("relations") or [], dtype=np.int64).reshape(-1, 3)
+    is_outside = (relations[:, :2] < 0) | (relations[:, :2] >= num_entities)
+    if is_outside.any() or (relations[:, 2] < 0).any():
+        row = relations[(is_outside.any(1)) | (relations[:, 2] < 0)][0].tolist()
+        raise ValueError(
+            f"Image {image_id}: the relation {row} (subject, object, predicate) points to a "
+            f"missing entity or a negative predicate; there are {num_entities} entities from 0."
+        )
+    return relations
+
+
+def _remap(relations: np.ndarray, is_kept: np.ndarray, image_id: Any) -> np.ndarray:
+    """Number the entities that stay anew, and drop relations of those that go."""
+    if is_kept.all():
+        return relations
+    stays = is_kept[relations[:, :2]].all(axis=1)
+    logger.warning(
+        f"Image {image_id}: dropped {int((~is_kept).sum())} crowds or boxes without area inside "
+        f"the image, and {int((~stays).sum())} relations of theirs."
+    )
+    new_index = np.cumsum(is_kept) - 1
+    kept = relations[stays].copy()
+    kept[:, :2] = new_index[kept[:, :2]]
+    return kept
+
+
+def _pad(
+    images: list[Tensor], pad_size: SizeDict | None, *, do_pad: bool
+) -> tuple[Tensor, Tensor]:
+    """Stack images, with zeros below and on the right, and say where the images are."""
+    heights, widths = zip(*(image.shape[-2:] for image in images), strict=True)
+    height, width = max(heights), max(widths)
+    if pad_size is not None and pad_size.height and pad_size.width:
+        if pad_size.height < height or pad_size.width < width:
+            raise ValueError(
+                f"`pad_size` {pad_size.height} x {pad_size.width} is smaller than an image of "
+                f"{height} x {width}; choose a smaller `size`."
+            )
+        height, width = pad_size.height, pad_size.width
+    if not do_pad and (min(heights), min(widths)) != (height, width):
+        raise ValueError("Images of different sizes need `do_pad=True` to be one batch.")
+    pixel_values = images[0].new_zeros((len(images), images[0].shape[0], height, width))
+    pixel_mask = torch.zeros((len(images), height, width), dtype=torch.int64)
+    for index, image in enumerate(images):
+        pixel_values[index, :, : image.shape[1], : image.shape[2]] = image
+        pixel_mask[index, : image.shape[1], : image.shape[2]] = 1
+    return pixel_values, pixel_mask

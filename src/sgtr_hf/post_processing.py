@@ -1,0 +1,268 @@
+"""From model outputs to detections and scene graphs, batched, with one copy to the host."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .boxes import box_cxcywh_to_xyxy
+from .boxes import box_iou
+from .boxes import scale_boxes
+from .scene_graph import SceneGraph
+
+
+# Of the release (`rel_detr_inference.py`): entities linked a role and query; overlap above which
+# subject and object are one thing; overlap above which two triplets say the same.
+LINKS = 3
+SAME_ENTITY_IOU = 0.95
+DUPLICATE_IOU = 0.8
+# Entities without a relation are part of a graph from this score on.
+ENTITY_THRESHOLD = 0.5
+
+TargetSizes = Tensor | Sequence[tuple[int, int]] | None
+
+
+class _Entities(NamedTuple):
+    scores: Tensor
+    """(B, N)."""
+    labels: Tensor
+    """(B, N)."""
+    boxes: Tensor
+    """(B, N, 4) corners in pixels."""
+
+
+class _Triplets(NamedTuple):
+    """M candidates an image, best first."""
+
+    subject: Tensor
+    """(B, M) index of an entity."""
+    object: Tensor
+    """(B, M) index of an entity."""
+    predicate: Tensor
+    """(B, M)."""
+    query: Tensor
+    """(B, M) predicate query it came from."""
+    score: Tensor
+    """(B, M); -1 for those that cannot be."""
+
+
+def detect_objects(
+    probabilities: Tensor, pred_boxes: Tensor, threshold: float, target_sizes: TargetSizes
+) -> list[dict[str, Tensor]]:
+    """Give each query its best class, and return what exceeds the threshold, best first.
+
+    Args:
+        probabilities: (B, N, C) of the real classes.
+        pred_boxes: (B, N, 4) cxcywh relative to the image.
+        threshold: Least score, in [0, 1].
+        target_sizes: (B, 2) height and width; normalised boxes if None.
+
+    Returns:
+        For each image "scores" (E,), "labels" (E,) and "boxes" (E, 4) as x1, y1, x2, y2.
+    """
+    _check_probability("threshold", threshold)
+    entities = _read_entities(probabilities, pred_boxes, target_sizes)
+    scores, order = entities.scores.sort(dim=-1, descending=True, stable=True)
+    labels = entities.labels.gather(1, order)
+    boxes = entities.boxes.gather(1, order[..., None].expand(-1, -1, 4))
+    counts = (scores > threshold).sum(-1).tolist()
+    return [
+        {
+            "scores": scores[image, :count],
+            "labels": labels[image, :count],
+            "boxes": boxes[image, :count],
+        }
+        for image, count in enumerate(counts)
+    ]
+
+
+@torch.no_grad()
+def find_scene_graphs(
+    outputs: Any,
+    target_sizes: TargetSizes,
+    *,
+    threshold: float = 0.0,
+    top_k: int = 100,
+    graph_constraint: bool = False,
+    names: tuple[Mapping[int, str] | None, Mapping[int, str] | None] = (None, None),
+) -> list[SceneGraph]:
+    """Assemble triplets, rank them, drop what says the same twice, and return graphs.
+
+    The score of a triplet is predicate x subject x object probability, as in SGTR (Li et al.
+    2022). A graph holds the entities of its relations and all others that are likely.
+
+    Args:
+        outputs: With `entity_probabilities`, `pred_boxes`, `predicate_probabilities`,
+            `subject_scores` and `object_scores` of a scene graph model.
+        target_sizes: (B, 2) height and width of the pictures; boxes in [0, 1] if None.
+        threshold: Least score of a relation, in [0, 1].
+        top_k: Most relations a graph.
+        graph_constraint: Keep only the best predicate of an ordered pair of entities.
+        names: Of classes and of predicates.
+
+    Raises:
+        ValueError: If outputs are not finite, or an argument is out of range.
+    """
+    _check_probability("threshold", threshold)
+    if top_k < 1:
+        raise ValueError(f"`top_k` must be at least 1, got {top_k}.")
+    entities = _read_entities(outputs["entity_probabilities"], outputs["pred_boxes"], target_sizes)
+    predicates = outputs["predicate_probabilities"]
+    triplets = _assemble(entities, predicates, outputs["subject_scores"], outputs["object_scores"])
+    kept = _keep_first_of_duplicates(entities, triplets)
+    if graph_constraint:
+        kept &= ~(_same_pair(triplets) & _is_earlier(kept)).any(-1)
+    kept &= triplets.score >= max(threshold, 0.0)
+    # What stays comes first, still best first.
+    order = (~kept).long().argsort(dim=-1, stable=True)[:, :top_k]
+    chosen = _Triplets(*(field.gather(1, order) for field in triplets))
+    distributions = predicates.gather(
+        1, chosen.query[..., None].expand(-1, -1, predicates.shape[-1])
+    )
+    arrays = _to_host(*entities, *chosen[:3], chosen.score, kept.gather(1, order), distributions)
+    sizes = [(1, 1)] * len(arrays[0]) if target_sizes is None else _size_list(target_sizes)
+    return [
+        _build_graph([array[image] for array in arrays], sizes[image], names)
+        for image in range(len(sizes))
+    ]
+
+
+def _read_entities(
+    probabilities: Tensor, pred_boxes: Tensor, target_sizes: TargetSizes
+) -> _Entities:
+    scores, labels = probabilities.float().max(dim=-1)
+    boxes = box_cxcywh_to_xyxy(pred_boxes.float())
+    # A NaN stays one, so that it is found below.
+    boxes = torch.minimum(torch.maximum(boxes, boxes.new_zeros(())), boxes.new_ones(()))
+    if target_sizes is not None:
+        sizes = torch.as_tensor(np.asarray(_size_list(target_sizes)), device=boxes.device)
+        if len(sizes) != len(boxes):
+            raise ValueError(
+                f"`target_sizes` must have one height and width an image, got {len(sizes)} for "
+                f"{len(boxes)} images."
+            )
+        boxes = scale_boxes(boxes, sizes)
+    return _Entities(scores, labels, boxes)
+
+
+def _assemble(
+    entities: _Entities, predicates: Tensor, subject_scores: Tensor, object_scores: Tensor
+) -> _Triplets:
+    """Link the likeliest predicates to their best entities, rank with rank, best first."""
+    batch_size, num_queries, num_predicates = predicates.shape
+    links = min(LINKS, entities.scores.shape[1])
+    predicate_scores, candidates = predicates.float().flatten(1).topk(num_queries)
+    query, predicate = candidates // num_predicates, candidates % num_predicates
+    linked = []
+    for scores in (subject_scores, object_scores):
+        best = scores.topk(links, dim=-1).indices
+        linked.append(best.gather(1, query[..., None].expand(-1, -1, links)).flatten(1))
+    subject, object_ = linked
+    score = predicate_scores.repeat_interleave(links, dim=1)
+    score = score * entities.scores.gather(1, subject) * entities.scores.gather(1, object_)
+    overlap = box_iou(_boxes_of(entities, subject), _boxes_of(entities, object_))
+    is_one_thing = (subject == object_) | (overlap >= SAME_ENTITY_IOU)
+    score = torch.where(is_one_thing, -1.0, score)
+    score, order = score.sort(dim=-1, descending=True, stable=True)
+    fields = (
+        subject,
+        object_,
+        predicate.repeat_interleave(links, dim=1),
+        query.repeat_interleave(links, dim=1),
+    )
+    return _Triplets(*(field.gather(1, order) for field in fields), score=score)
+
+
+def _boxes_of(entities: _Entities, indices: Tensor) -> Tensor:
+    return entities.boxes.gather(1, indices[..., None].expand(-1, -1, 4))
+
+
+def _same_pair(triplets: _Triplets) -> Tensor:
+    """(B, M, M), True where two triplets have the same subject and the same object."""
+    subject, object_ = triplets.subject, triplets.object
+    return (subject[:, :, None] == subject[:, None]) & (object_[:, :, None] == object_[:, None])
+
+
+def _is_earlier(kept: Tensor) -> Tensor:
+    """(B, M, M), True where the column is a kept triplet before the row."""
+    count = kept.shape[1]
+    earlier = torch.ones((count, count), dtype=torch.bool, device=kept.device).tril(-1)
+    return earlier & kept[:, None]
+
+
+def _keep_first_of_duplicates(entities: _Entities, triplets: _Triplets) -> Tensor:
+    """(B, M), False where a kept triplet before it says the same.
+
+    Two say the same if the predicate is the same and either both entities are, or their classes
+    are and their boxes nearly. Deciding one after the other depends on the decisions before; all
+    are decided at once instead, again and again until nothing changes, which gives the same.
+    """
+    overlap = box_iou(entities.boxes[:, :, None], entities.boxes[:, None])
+    is_alike = (overlap > DUPLICATE_IOU) & (
+        entities.labels[:, :, None] == entities.labels[:, None]
+    )
+    image = torch.arange(len(overlap), device=overlap.device)[:, None, None]
+    subjects_alike = is_alike[image, triplets.subject[:, :, None], triplets.subject[:, None]]
+    objects_alike = is_alike[image, triplets.object[:, :, None], triplets.object[:, None]]
+    says_the_same = (_same_pair(triplets) | (subjects_alike & objects_alike)) & (
+        triplets.predicate[:, :, None] == triplets.predicate[:, None]
+    )
+    possible = triplets.score >= 0
+    kept = possible
+    for _ in range(kept.shape[1]):
+        decided = possible & ~(says_the_same & _is_earlier(kept)).any(-1)
+        if torch.equal(decided, kept):
+            break
+        kept = decided
+    return kept
+
+
+def _to_host(*tensors: Tensor) -> list[np.ndarray]:
+    """Copy (B, ...) tensors at once; float32 holds every index exactly."""
+    flat = torch.cat([tensor.float().flatten(1) for tensor in tensors], dim=1).cpu().numpy()
+    if not np.isfinite(flat).all():
+        raise ValueError(
+            "The model's outputs hold NaN or infinity; its weights are broken (a diverged "
+            "training, or a damaged file) or the picture held NaN."
+        )
+    ends = np.cumsum([tensor[0].numel() for tensor in tensors])
+    parts = np.split(flat, ends[:-1], axis=1)
+    return [part.reshape(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def _build_graph(
+    arrays: list[np.ndarray],
+    size: tuple[int, int],
+    names: tuple[Mapping[int, str] | None, Mapping[int, str] | None],
+) -> SceneGraph:
+    """Number the entities of a graph by score, and its relations accordingly."""
+    scores, labels, boxes, subject, object_, predicate, triplet_scores, kept, distributions = arrays
+    rows = np.flatnonzero(kept)
+    relations = np.stack((subject, object_, predicate), axis=1)[rows].astype(np.int64)
+    used = np.union1d(relations[:, :2], np.flatnonzero(scores >= ENTITY_THRESHOLD)).astype(np.int64)
+    used = used[np.argsort(-scores[used], kind="stable")]
+    position = np.zeros(len(scores), dtype=np.int64)
+    position[used] = np.arange(len(used))
+    relations[:, :2] = position[relations[:, :2]]
+    return SceneGraph(
+        boxes_xyxy=boxes[used],
+        labels=labels[used].astype(np.int64),
+        scores=scores[used],
+        relations=relations,
+        relation_scores=triplet_scores[rows],
+        image_size=size,
+        id2label=names[0],
+        id2predicate=names[1],
+        predicate_distributions=distributions[rows],
+    )
+
+
+def _size_list(target_sizes: Tensor | Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    return [(int(height), int(width)) for height, width in target_sizes]
+
+
+def _check_probability(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"`{name}` must be between 0 and 1, got {value}.")
