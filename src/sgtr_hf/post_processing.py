@@ -200,9 +200,7 @@ def _keep_first_of_duplicates(entities: _Entities, triplets: _Triplets) -> Tenso
     are decided at once instead, again and again until nothing changes, which gives the same.
     """
     overlap = box_iou(entities.boxes[:, :, None], entities.boxes[:, None])
-    is_alike = (overlap > DUPLICATE_IOU) & (
-        entities.labels[:, :, None] == entities.labels[:, None]
-    )
+    is_alike = (overlap > DUPLICATE_IOU) & (entities.labels[:, :, None] == entities.labels[:, None])
     image = torch.arange(len(overlap), device=overlap.device)[:, None, None]
     subjects_alike = is_alike[image, triplets.subject[:, :, None], triplets.subject[:, None]]
     objects_alike = is_alike[image, triplets.object[:, :, None], triplets.object[:, None]]

@@ -67,7 +67,9 @@ class SceneGraph:
         height, width = (int(side) for side in self.image_size)
         object.__setattr__(self, "image_size", (height, width))
         if min(height, width) < 1:
-            raise ValueError(f"`image_size` must be a positive height and width, got {self.image_size}.")
+            raise ValueError(
+                f"`image_size` must be a positive height and width, got {self.image_size}."
+            )
         self._convert_optional("predicate_distributions", np.float32, len(self.relations))
         self._convert_optional("masks", np.bool_, len(self.labels))
         self._check_values()

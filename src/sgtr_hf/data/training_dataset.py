@@ -66,9 +66,7 @@ class SceneGraphDataset(Dataset[TrainingImage]):
         check_record(record, len(self.id2label), len(self.id2predicate))
         if self.augmentation is not None:
             generator = np.random.default_rng((self.seed, self.epoch, index))
-            image, boxes, relations = augment(
-                image, boxes, relations, self.augmentation, generator
-            )
+            image, boxes, relations = augment(image, boxes, relations, self.augmentation, generator)
         return self._assemble(record, image, boxes, relations)
 
     def references(self) -> list[SceneGraph]:
@@ -200,7 +198,9 @@ def augment(
         boxes[:, [0, 2]] = image.width - boxes[:, [2, 0]]
         swaps = augmentation.flip_swaps or {}
         relations = relations.copy()
-        relations[:, 2] = [swaps.get(predicate, predicate) for predicate in relations[:, 2].tolist()]
+        relations[:, 2] = [
+            swaps.get(predicate, predicate) for predicate in relations[:, 2].tolist()
+        ]
     if augmentation.brightness > 0:
         low, high = 1 - augmentation.brightness, 1 + augmentation.brightness
         image = ImageEnhance.Brightness(image).enhance(float(generator.uniform(low, high)))

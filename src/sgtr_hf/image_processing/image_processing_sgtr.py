@@ -300,7 +300,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _array_to_rgb(array: np.ndarray) -> Image.Image:
     """Bring numbers of any range to 8 bits, and channels to three."""
     if array.ndim not in (2, 3) or 0 in array.shape:
-        raise ValueError(f"A picture must have shape (H, W), (H, W, C) or (C, H, W), got {array.shape}.")
+        raise ValueError(
+            f"A picture must have shape (H, W), (H, W, C) or (C, H, W), got {array.shape}."
+        )
     if array.ndim == 3 and array.shape[-1] not in _CHANNELS and array.shape[0] in _CHANNELS:  # noqa: PLR2004
         array = array.transpose(1, 2, 0)
     if array.ndim == 3 and array.shape[-1] not in _CHANNELS:  # noqa: PLR2004
@@ -416,9 +418,7 @@ def _remap(relations: np.ndarray, is_kept: np.ndarray, image_id: Any) -> np.ndar
     return kept
 
 
-def _pad(
-    images: list[Tensor], pad_size: SizeDict | None, *, do_pad: bool
-) -> tuple[Tensor, Tensor]:
+def _pad(images: list[Tensor], pad_size: SizeDict | None, *, do_pad: bool) -> tuple[Tensor, Tensor]:
     """Stack images, with zeros below and on the right, and say where the images are."""
     heights, widths = zip(*(image.shape[-2:] for image in images), strict=True)
     height, width = max(heights), max(widths)

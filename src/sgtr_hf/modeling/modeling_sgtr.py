@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from ..configuration.configuration_sgtr import SgtrConfig
@@ -32,7 +31,7 @@ from .modeling_sgtr_detr import (
     init_transformer_weights,
 )
 from .predicate_node_generator import EntityNodes, PredicateNodeGenerator
-from .prediction_heads import box_head, focal_bias
+from .prediction_heads import BoxHead, ClassHead
 
 
 @dataclass
@@ -112,8 +111,6 @@ class SgtrPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         init_transformer_weights(module, self.config.initializer_range)
-        if isinstance(module, SgtrForSceneGraphGeneration):
-            module.init_heads()
 
 
 class SgtrModel(SgtrPreTrainedModel):
@@ -177,25 +174,18 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
         super().__init__(config)
         self.model = SgtrModel(config)
         width, detector = config.d_model, config.detector_config
-        entity_columns = config.num_labels + (detector.classification == "softmax")
+        entities_are_focal = detector.classification == "focal"
+        entity_columns = config.num_labels + (not entities_are_focal)
+        predicates_are_focal = config.predicate_classification == "focal"
         # A softmax head begins with background.
-        predicate_columns = config.num_predicates + (config.predicate_classification == "softmax")
-        self.predicate_head = nn.Linear(width, predicate_columns)
+        predicate_columns = config.num_predicates + (not predicates_are_focal)
+        self.predicate_head = ClassHead(width, predicate_columns, is_focal=predicates_are_focal)
         self.relation_vector_head = nn.Linear(width, 4)
-        self.subject_class_head = nn.Linear(width, entity_columns)
-        self.subject_box_head = box_head(width)
-        self.object_class_head = nn.Linear(width, entity_columns)
-        self.object_box_head = box_head(width)
+        self.subject_class_head = ClassHead(width, entity_columns, is_focal=entities_are_focal)
+        self.subject_box_head = BoxHead(width)
+        self.object_class_head = ClassHead(width, entity_columns, is_focal=entities_are_focal)
+        self.object_box_head = BoxHead(width)
         self.post_init()
-
-    @torch.no_grad()
-    def init_heads(self) -> None:
-        """Start sigmoid classes as rare."""
-        if self.config.predicate_classification == "focal":
-            init.constant_(self.predicate_head.bias, focal_bias())
-        if self.config.detector_config.classification == "focal":
-            init.constant_(self.subject_class_head.bias, focal_bias())
-            init.constant_(self.object_class_head.bias, focal_bias())
 
     def forward(
         self,

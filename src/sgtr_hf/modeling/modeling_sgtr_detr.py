@@ -21,7 +21,12 @@ from ..losses.hungarian_matching import (
 from .backbone_freezing import freeze_backbone, hold_batch_norm
 from .denoising_queries import DenoisingQueries, DenoisingQueryGenerator, denoising_visibility
 from .position_embedding import box_sine_embedding, centre_sine_embedding, grid_sine_embedding
-from .prediction_heads import MultiLayerPerceptron, box_head, focal_bias, inverse_sigmoid
+from .prediction_heads import AnchorEmbedding
+from .prediction_heads import BoxHead
+from .prediction_heads import ClassHead
+from .prediction_heads import MultiLayerPerceptron
+from .prediction_heads import init_head
+from .prediction_heads import inverse_sigmoid
 from .transformer_layers import DecoderLayer, EncoderLayer
 
 
@@ -115,11 +120,6 @@ class SgtrDetrPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         init_transformer_weights(module, self.config.initializer_range)
-        if isinstance(module, SgtrDetrModel):
-            module.init_anchors()
-        elif isinstance(module, SgtrDetrForObjectDetection):
-            if module.config.classification == "focal":
-                init.constant_(module.class_head.bias, focal_bias())
 
 
 def init_transformer_weights(module: nn.Module, embedding_std: float) -> None:
@@ -130,6 +130,7 @@ def init_transformer_weights(module: nn.Module, embedding_std: float) -> None:
             init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
         init.normal_(module.weight, std=embedding_std)
+    init_head(module)
 
 
 class SgtrDetrModel(SgtrDetrPreTrainedModel):
@@ -152,7 +153,7 @@ class SgtrDetrModel(SgtrDetrPreTrainedModel):
         self.encoder_norm = nn.LayerNorm(config.d_model) if config.norm_first else nn.Identity()
         self.query_embedding = nn.Embedding(config.num_queries, config.d_model)
         if config.query_type == "anchors":
-            self.anchor_embedding = nn.Embedding(config.num_queries, 4)
+            self.anchor_embedding = AnchorEmbedding(config.num_queries)
             self.decoder: LearnedQueryDecoder | AnchorQueryDecoder = AnchorQueryDecoder(config)
         else:
             self.decoder = LearnedQueryDecoder(config)
@@ -170,17 +171,6 @@ class SgtrDetrModel(SgtrDetrPreTrainedModel):
         if self.config.freeze_batch_norm:
             hold_batch_norm(self.backbone)
         return self
-
-    @torch.no_grad()
-    def init_anchors(self) -> None:
-        """Spread the anchors over the image, a quarter of its side wide, and start without shift."""
-        if self.config.query_type != "anchors":
-            return
-        draw = torch.rand(self.config.num_queries, 2, device=self.anchor_embedding.weight.device)
-        sizes = torch.full_like(draw, 0.25)
-        init.copy_(self.anchor_embedding.weight, inverse_sigmoid(torch.cat((draw, sizes), dim=-1)))
-        init.zeros_(self.decoder.box_head.layers[-1].weight)
-        init.zeros_(self.decoder.box_head.layers[-1].bias)
 
     def forward(
         self,
@@ -303,7 +293,7 @@ class _Decoder(nn.Module):
             DecoderLayer(config, conditional=conditional) for _ in range(config.decoder_layers)
         )
         self.norm = nn.LayerNorm(config.d_model)
-        self.box_head = box_head(config.d_model)
+        self.box_head = BoxHead(config.d_model, refines_anchors=conditional)
 
     def memory_mask(self, queries: Tensor, memory: ImageMemory) -> Tensor | None:
         return create_bidirectional_mask(
@@ -404,8 +394,9 @@ class SgtrDetrForObjectDetection(SgtrDetrPreTrainedModel):
         super().__init__(config)
         self.model = SgtrDetrModel(config)
         # The last column of a softmax head is no-object.
-        columns = config.num_labels + (config.classification == "softmax")
-        self.class_head = nn.Linear(config.d_model, columns)
+        is_focal = config.classification == "focal"
+        columns = config.num_labels + (not is_focal)
+        self.class_head = ClassHead(config.d_model, columns, is_focal=is_focal)
         self.post_init()
 
     def forward(

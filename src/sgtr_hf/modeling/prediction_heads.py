@@ -1,8 +1,15 @@
 """Heads that read classes and boxes off query vectors."""
 
+import itertools
 import math
 
+import torch
 from torch import Tensor, nn
+from transformers import initialization as init
+
+
+# Probability at which a focal head starts.
+RARE = 0.01
 
 
 class MultiLayerPerceptron(nn.Module):
@@ -15,8 +22,7 @@ class MultiLayerPerceptron(nn.Module):
     def __init__(self, *dimensions: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            nn.Linear(width_in, width_out)
-            for width_in, width_out in zip(dimensions[:-1], dimensions[1:], strict=True)
+            nn.Linear(width_in, width_out) for width_in, width_out in itertools.pairwise(dimensions)
         )
 
     def forward(self, features: Tensor) -> Tensor:
@@ -26,17 +32,61 @@ class MultiLayerPerceptron(nn.Module):
         return self.layers[-1](features)
 
 
-def box_head(d_model: int) -> MultiLayerPerceptron:
-    """DETR's box head: three layers from a query to the logits of cx, cy, w, h."""
-    return MultiLayerPerceptron(d_model, d_model, d_model, 4)
+class BoxHead(MultiLayerPerceptron):
+    """DETR's box head: three layers from a query to the logits of cx, cy, w, h.
 
-
-def focal_bias(probability: float = 0.01) -> float:
-    """Bias that starts every sigmoid class at `probability` (Lin et al. 2017).
-
-    Without it the many background queries dominate the first thousand steps.
+    Args:
+        d_model: Width of the query.
+        refines_anchors: Start with no shift at all, so that anchors stay where they are.
     """
-    return -math.log((1 - probability) / probability)
+
+    def __init__(self, d_model: int, *, refines_anchors: bool = False) -> None:
+        super().__init__(d_model, d_model, d_model, 4)
+        if refines_anchors:
+            self.layers[-1] = ZeroLinear(d_model, 4)
+
+
+class ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero."""
+
+
+class ClassHead(nn.Linear):
+    """A linear layer to class logits.
+
+    Args:
+        d_model: Width of the query.
+        num_columns: Logits, with background where there is one.
+        is_focal: Start every sigmoid class as rare; or the many background queries dominate the
+            first thousand steps (Lin et al. 2017).
+    """
+
+    def __init__(self, d_model: int, num_columns: int, *, is_focal: bool) -> None:
+        super().__init__(d_model, num_columns)
+        self.initial_bias = -math.log((1 - RARE) / RARE) if is_focal else 0.0
+
+
+class AnchorEmbedding(nn.Embedding):
+    """Logits (N, 4) of learned boxes, which start spread over the image, a quarter of it wide."""
+
+    def __init__(self, num_queries: int) -> None:
+        super().__init__(num_queries, 4)
+
+
+@torch.no_grad()
+def init_head(module: nn.Module) -> None:
+    """Initialise one of the layers above; others stay as they are.
+
+    transformers calls back for modules that hold parameters themselves, never for their owners.
+    """
+    if isinstance(module, ZeroLinear):
+        init.zeros_(module.weight)
+        init.zeros_(module.bias)
+    elif isinstance(module, ClassHead):
+        init.constant_(module.bias, module.initial_bias)
+    elif isinstance(module, AnchorEmbedding):
+        centres = torch.rand(len(module.weight), 2, device=module.weight.device)
+        boxes = torch.cat((centres, torch.full_like(centres, 0.25)), dim=-1)
+        init.copy_(module.weight, inverse_sigmoid(boxes).to(module.weight))
 
 
 def inverse_sigmoid(probability: Tensor, epsilon: float = 1e-5) -> Tensor:

@@ -22,7 +22,9 @@ def run_recipe(description: str | None, task: Literal["detection", "scene_graph"
     try:
         recipe = load_recipe(options.recipe, options.overrides)
         if recipe.task != task:
-            raise ValueError(f"`task` of {options.recipe} is {recipe.task!r}, this trains {task!r}.")
+            raise ValueError(
+                f"`task` of {options.recipe} is {recipe.task!r}, this trains {task!r}."
+            )
         Trainer(recipe).run()
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")

@@ -126,15 +126,15 @@ class Evaluator:
 
 
 @torch.inference_mode()
-def evaluate(model: PreTrainedModel, batches: Iterable[dict[str, Any]], evaluator: Evaluator) -> None:
+def evaluate(
+    model: PreTrainedModel, batches: Iterable[dict[str, Any]], evaluator: Evaluator
+) -> None:
     """Run a model over batches of the collator and feed the evaluator."""
     model.eval()
     device = next(model.parameters()).device
     for batch in batches:
         mask = batch.get("pixel_mask")
-        outputs = model(
-            batch["pixel_values"].to(device), None if mask is None else mask.to(device)
-        )
+        outputs = model(batch["pixel_values"].to(device), None if mask is None else mask.to(device))
         evaluator.update(outputs, batch["references"])
 
 

@@ -60,9 +60,7 @@ class Trainer:
         set_seed(self.settings.seed, device_specific=True)
         self.output_dir = Path(self.settings.output_dir)
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        self.log = RunLog(
-            self.output_dir / "log.jsonl", enabled=self.accelerator.is_main_process
-        )
+        self.log = RunLog(self.output_dir / "log.jsonl", enabled=self.accelerator.is_main_process)
         self.splits = make_splits(recipe.data, self.settings.seed)
         self.image_processor = make_image_processor(recipe)
         self.progress = Progress()
@@ -81,9 +79,7 @@ class Trainer:
             self.accelerator.register_for_checkpointing(self.average)
         optimizer = make_optimizer(model, self.settings)
         loader = self._loader(self.splits.train, shuffle=True)
-        self.model, self.optimizer, self.loader = self.accelerator.prepare(
-            model, optimizer, loader
-        )
+        self.model, self.optimizer, self.loader = self.accelerator.prepare(model, optimizer, loader)
         updates_per_epoch = -(-len(self.loader) // self.settings.gradient_accumulation_steps)
         self.num_updates = updates_per_epoch * self.settings.epochs
         # Not prepared: accelerate would advance it once a process.

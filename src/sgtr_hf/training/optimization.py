@@ -52,4 +52,8 @@ def _trainable(model: nn.Module) -> Iterator[tuple[bool, bool, nn.Parameter]]:
     }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            yield ".backbone." in f".{name}", parameter.ndim > 1 and name not in embeddings, parameter
+            yield (
+                ".backbone." in f".{name}",
+                parameter.ndim > 1 and name not in embeddings,
+                parameter,
+            )

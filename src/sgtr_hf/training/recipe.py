@@ -118,7 +118,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.detector is not None and self.task == "detection":
-            raise ValueError('`detector` has no use with `task: detection`; remove it.')
+            raise ValueError("`detector` has no use with `task: detection`; remove it.")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -1,2 +1,5 @@
 """Provisional."""
-def draw_training_curves(a, b): pass
+
+
+def draw_training_curves(a, b):
+    pass
