@@ -36,6 +36,9 @@ class SgtrDetrConfig(PreTrainedConfig):
             (DAB-DETR, Liu et al. 2022), which converge on small data.
         num_queries: Entity queries: the most entities an image can have.
         position_temperature: Temperature of the sine embeddings: 10000 in DETR, 20 in DAB-DETR.
+        select_queries: Start the anchors and the content of the queries from the likeliest cells
+            of the encoded image (two-stage Deformable DETR, Zhu et al. 2021) instead of learned
+            ones. Needs `query_type="anchors"`.
         num_denoising_groups: Groups of noised annotations that train the decoder besides the
             queries (DN-DETR, Li et al. 2022). Needs `query_type="anchors"`.
         denoising_label_noise: Share of denoising queries that get a random class.
@@ -85,6 +88,7 @@ class SgtrDetrConfig(PreTrainedConfig):
     query_type: Literal["learned", "anchors"] = "learned"
     num_queries: int = 100
     position_temperature: float | int = 10000.0
+    select_queries: bool = False
     num_denoising_groups: int = 0
     denoising_label_noise: float | int = 0.2
     denoising_box_noise: float | int = 0.4
@@ -145,6 +149,12 @@ class SgtrDetrConfig(PreTrainedConfig):
             "num_denoising_groups",
             self.num_denoising_groups,
             '0 unless `query_type` is "anchors"',
+        )
+        _require(
+            not self.select_queries or self.query_type == "anchors",
+            "select_queries",
+            self.select_queries,
+            'False unless `query_type` is "anchors"',
         )
 
 

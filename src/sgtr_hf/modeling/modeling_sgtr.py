@@ -12,7 +12,6 @@ from ..configuration.configuration_sgtr import SgtrConfig
 from ..losses.hungarian_matching import (
     AssignmentProblem,
     PaddedAnnotations,
-    assign,
     assign_all,
     pad_annotations,
 )
@@ -294,19 +293,17 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
             matches = match_triplets(self.config, triplets, *entity_nodes, annotations)
             return scene_graph_losses(self.config, triplets, annotations, matches)
         detector = self.model.detector
-        entity_costs = detector.matching_costs(entities, annotations)
+        problems = detector.matching_problems(nodes.detector, entities, annotations)
         if self.config.legacy_triplet_matching:
-            entity_matches = assign(entity_costs, annotations.valid)
+            entity_matches = assign_all(*problems)
             matches = match_triplets(self.config, triplets, *entity_nodes, annotations)
         else:
-            entity_matches, matches = assign_all(
-                AssignmentProblem(entity_costs, annotations.valid),
-                AssignmentProblem(
-                    triplet_matching_costs(self.config, triplets, *entity_nodes, annotations),
-                    annotations.relation_valid,
-                    "num_predicate_queries",
-                ),
+            triplet_problem = AssignmentProblem(
+                triplet_matching_costs(self.config, triplets, *entity_nodes, annotations),
+                annotations.relation_valid,
+                "num_predicate_queries",
             )
+            *entity_matches, matches = assign_all(*problems, triplet_problem)
         losses = scene_graph_losses(self.config, triplets, annotations, matches)
         entity_losses = detector.losses(nodes.detector, entities, annotations, entity_matches)
         return losses | {f"{name}_of_entities": loss for name, loss in entity_losses.items()}

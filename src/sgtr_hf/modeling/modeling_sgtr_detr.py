@@ -1,5 +1,6 @@
 """The detector: DETR (Carion et al. 2020) with learned or anchor queries."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,21 +14,34 @@ from transformers.utils import ModelOutput
 from ..configuration.configuration_sgtr_detr import SgtrDetrConfig
 from ..losses.detection_loss import denoising_losses, detection_losses
 from ..losses.hungarian_matching import (
+    AssignmentProblem,
     PaddedAnnotations,
-    assign,
+    assign_all,
     entity_matching_costs,
     pad_annotations,
 )
 from .backbone_freezing import freeze_backbone, hold_batch_norm
 from .denoising_queries import DenoisingQueries, DenoisingQueryGenerator, denoising_visibility
-from .position_embedding import box_sine_embedding, centre_sine_embedding, grid_sine_embedding
-from .prediction_heads import AnchorEmbedding
-from .prediction_heads import BoxHead
-from .prediction_heads import ClassHead
-from .prediction_heads import MultiLayerPerceptron
-from .prediction_heads import init_head
-from .prediction_heads import inverse_sigmoid
-from .transformer_layers import DecoderLayer, EncoderLayer
+from .position_embedding import (
+    box_sine_embedding,
+    centre_sine_embedding,
+    grid_boxes,
+    grid_sine_embedding,
+)
+from .prediction_heads import (
+    AnchorEmbedding,
+    BoxHead,
+    ClassHead,
+    MultiLayerPerceptron,
+    init_head,
+    inverse_sigmoid,
+)
+from .query_selection import QuerySelection, SelectedQueries
+from .transformer_layers import DecoderLayer, EncoderLayer, PlaceProjection
+
+
+# Size of the box on a cell of the finest level, as a share of the image; doubled at each level.
+CELL_SIZE = 0.15
 
 
 @dataclass
@@ -40,6 +54,8 @@ class ImageMemory(ModelOutput):
     """(B, S, d_model) sine embeddings."""
     padding_mask: Tensor | None = None
     """(B, S) bool, True where the image is; None when nothing is padded."""
+    cells: Tensor | None = None
+    """(B, S, 4) a box on each cell, cxcywh; larger on coarser levels."""
 
 
 @dataclass
@@ -54,6 +70,8 @@ class SgtrDetrModelOutput(ModelOutput):
         denoising_hidden_states: (L, B, M, d_model) of denoising queries, in training.
         denoising_boxes: (L, B, M, 4), likewise.
         denoising_entity_indices: (B, M) annotation that each must restore, -1 on padding.
+        proposal_logits: (B, S, C + 1) or (B, S, C) of all cells, with query selection.
+        proposal_boxes: (B, S, 4), likewise.
         memory: The encoded image.
     """
 
@@ -64,6 +82,8 @@ class SgtrDetrModelOutput(ModelOutput):
     denoising_hidden_states: Tensor | None = None
     denoising_boxes: Tensor | None = None
     denoising_entity_indices: Tensor | None = None
+    proposal_logits: Tensor | None = None
+    proposal_boxes: Tensor | None = None
     memory: ImageMemory | None = None
 
 
@@ -130,6 +150,8 @@ def init_transformer_weights(module: nn.Module, embedding_std: float) -> None:
             init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
         init.normal_(module.weight, std=embedding_std)
+    if isinstance(module, PlaceProjection):
+        init.copy_(module.weight, module.initial_weight().to(module.weight))
     init_head(module)
 
 
@@ -152,8 +174,10 @@ class SgtrDetrModel(SgtrDetrPreTrainedModel):
         # Post-norm layers end normalised; pre-norm stacks need one more norm.
         self.encoder_norm = nn.LayerNorm(config.d_model) if config.norm_first else nn.Identity()
         self.query_embedding = nn.Embedding(config.num_queries, config.d_model)
+        self.query_selection = QuerySelection(config) if config.select_queries else None
         if config.query_type == "anchors":
-            self.anchor_embedding = AnchorEmbedding(config.num_queries)
+            if self.query_selection is None:
+                self.anchor_embedding = AnchorEmbedding(config.num_queries)
             self.decoder: LearnedQueryDecoder | AnchorQueryDecoder = AnchorQueryDecoder(config)
         else:
             self.decoder = LearnedQueryDecoder(config)
@@ -194,7 +218,12 @@ class SgtrDetrModel(SgtrDetrPreTrainedModel):
         denoising = None
         if self.denoising is not None and self.training and annotations is not None:
             denoising = self.denoising(annotations)
-        hidden_states, boxes = self._decode(memory, denoising, all_levels=all_levels, **kwargs)
+        selected = None
+        if self.query_selection is not None:
+            selected = self.query_selection(memory.features, memory.cells, memory.padding_mask)
+        hidden_states, boxes = self._decode(
+            memory, selected, denoising, all_levels=all_levels, **kwargs
+        )
         num_denoising = 0 if denoising is None else denoising.entity_indices.shape[1]
         output = SgtrDetrModelOutput(
             last_hidden_state=hidden_states[-1, :, num_denoising:],
@@ -204,6 +233,8 @@ class SgtrDetrModel(SgtrDetrPreTrainedModel):
         if all_levels:
             output.intermediate_hidden_states = hidden_states[:, :, num_denoising:]
             output.intermediate_boxes = boxes[:, :, num_denoising:]
+            if selected is not None:
+                output.proposal_logits, output.proposal_boxes = selected.logits, selected.boxes
         if denoising is not None:
             output.denoising_hidden_states = hidden_states[:, :, :num_denoising]
             output.denoising_boxes = boxes[:, :, :num_denoising]
@@ -214,7 +245,7 @@ class SgtrDetrModel(SgtrDetrPreTrainedModel):
         self, pixel_values: Tensor, pixel_mask: Tensor | None = None, **kwargs: Any
     ) -> ImageMemory:
         """Run backbone and encoder; arguments as in `forward`."""
-        features, positions, masks = [], [], []
+        features, positions, masks, cells = [], [], [], []
         # Convolutions are a third faster on processors, and on GPUs, with channels last.
         pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         feature_maps = self.backbone(pixel_values).feature_maps
@@ -234,7 +265,9 @@ class SgtrDetrModel(SgtrDetrPreTrainedModel):
                 position = position + self.level_embedding.weight[level]
             positions.append(position)
             masks.append(mask.flatten(1))
+            cells.append(grid_boxes(mask, CELL_SIZE * 2**level))
         memory = ImageMemory(features=torch.cat(features, dim=1), position=torch.cat(positions, 1))
+        memory.cells = torch.cat(cells, dim=1)
         if pixel_mask is not None:
             memory.padding_mask = torch.cat(masks, dim=1)
         memory.features = self._run_encoder(memory, **kwargs)
@@ -252,6 +285,7 @@ class SgtrDetrModel(SgtrDetrPreTrainedModel):
     def _decode(
         self,
         memory: ImageMemory,
+        selected: SelectedQueries | None,
         denoising: DenoisingQueries | None,
         *,
         all_levels: bool,
@@ -261,7 +295,10 @@ class SgtrDetrModel(SgtrDetrPreTrainedModel):
         content = self.query_embedding.weight.expand(batch_size, -1, -1)
         if self.config.query_type == "learned":
             return self.decoder(content, memory, all_levels=all_levels, **kwargs)
-        anchors = self.anchor_embedding.weight.sigmoid().expand(batch_size, -1, -1)
+        if selected is None:
+            anchors = self.anchor_embedding.weight.sigmoid().expand(batch_size, -1, -1)
+        else:
+            content, anchors = content + selected.content, selected.anchors
         mask = None
         if denoising is not None:
             content = torch.cat((denoising.content, content), dim=1)
@@ -339,7 +376,7 @@ class AnchorQueryDecoder(_Decoder):
         super().__init__(config, conditional=True)
         width = config.d_model
         self.position_head = MultiLayerPerceptron(2 * width, width, width)
-        self.scale_head = MultiLayerPerceptron(width, width, width)
+        self.scale_head = MultiLayerPerceptron(width, width, width, starts_at_zero=True)
         self.size_head = MultiLayerPerceptron(width, width, 2)
 
     def forward(
@@ -382,9 +419,10 @@ class AnchorQueryDecoder(_Decoder):
         width = self.config.d_model
         place = centre_sine_embedding(anchors[..., :2], width, self.config.position_temperature)
         expected_size = self.size_head(hidden_states).sigmoid()
-        stretch_x, stretch_y = (expected_size / anchors[..., 2:].clamp(min=1e-2)).unbind(-1)
+        # The smaller the anchor, the more the attention keeps to its surroundings.
+        stretch_x, stretch_y = (expected_size / anchors[..., 2:].clamp(min=0.05)).unbind(-1)
         stretch = torch.stack((stretch_y, stretch_x), dim=-1).repeat_interleave(width // 2, dim=-1)
-        return place * stretch * self.scale_head(hidden_states)
+        return place * stretch * (1 + self.scale_head(hidden_states))
 
 
 class SgtrDetrForObjectDetection(SgtrDetrPreTrainedModel):
@@ -429,7 +467,7 @@ class SgtrDetrForObjectDetection(SgtrDetrPreTrainedModel):
         levels = self.read_levels(model_output)
         output = self.summarize(model_output, levels)
         if annotations is not None:
-            matches = assign(self.matching_costs(levels, annotations), annotations.valid)
+            matches = assign_all(*self.matching_problems(model_output, levels, annotations))
             output.loss_dict = self.losses(model_output, levels, annotations, matches)
             output.loss = torch.stack(list(output.loss_dict.values())).sum()
         return output
@@ -467,28 +505,45 @@ class SgtrDetrForObjectDetection(SgtrDetrPreTrainedModel):
             ]
         return output
 
-    def matching_costs(self, levels: EntityLevels, annotations: PaddedAnnotations) -> Tensor:
-        """Costs (L, B, N, T) of giving a query an annotated entity."""
-        return entity_matching_costs(self.config, levels.logits, levels.boxes, annotations)
+    def matching_problems(
+        self,
+        model_output: SgtrDetrModelOutput,
+        levels: EntityLevels,
+        annotations: PaddedAnnotations,
+    ) -> list[AssignmentProblem]:
+        """What must be matched: the queries of all levels and, with query selection, the cells."""
+        predictions = [levels]
+        if model_output.proposal_logits is not None:
+            predictions.append(_proposals(model_output))
+        return [
+            AssignmentProblem(
+                entity_matching_costs(self.config, logits, boxes, annotations), annotations.valid
+            )
+            for logits, boxes in predictions
+        ]
 
     def losses(
         self,
         model_output: SgtrDetrModelOutput,
         levels: EntityLevels,
         annotations: PaddedAnnotations,
-        matches: Tensor,
+        matches: Sequence[Tensor],
     ) -> dict[str, Tensor]:
-        """Weighted losses of all levels and of the denoising queries.
+        """Weighted losses of all levels, of denoising queries and of cells.
 
         Args:
             model_output: Of `SgtrDetrModel`, with all levels.
             levels: Read off it by `read_levels`.
             annotations: Padded annotations.
-            matches: (L, B, T) query of each annotated entity, -1 on padding.
+            matches: Solutions of `matching_problems`, (L, B, T) each.
         """
         first = 0 if self.config.auxiliary_loss else -1
         losses = detection_losses(
-            self.config, levels.logits[first:], levels.boxes[first:], annotations, matches[first:]
+            self.config,
+            levels.logits[first:],
+            levels.boxes[first:],
+            annotations,
+            matches[0][first:],
         )
         if model_output.denoising_hidden_states is not None:
             losses |= denoising_losses(
@@ -498,7 +553,18 @@ class SgtrDetrForObjectDetection(SgtrDetrPreTrainedModel):
                 annotations,
                 model_output.denoising_entity_indices,
             )
+        if model_output.proposal_logits is not None:
+            proposals = _proposals(model_output)
+            found = detection_losses(self.config, *proposals, annotations, matches[1])
+            losses |= {
+                name.replace("loss_", "loss_proposal_"): loss for name, loss in found.items()
+            }
         return losses
+
+
+def _proposals(model_output: SgtrDetrModelOutput) -> EntityLevels:
+    """The cells' predictions as a single level."""
+    return EntityLevels(model_output.proposal_logits[None], model_output.proposal_boxes[None])
 
 
 def entity_probabilities(logits: Tensor, classification: str) -> Tensor:

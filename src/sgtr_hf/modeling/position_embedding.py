@@ -61,12 +61,32 @@ def grid_sine_embedding(
     Returns:
         (B, H * W, d_model), row by row.
     """
+    columns, rows = _grid_positions(mask, 0.5 if cell_centres else 0.0)
+    positions = torch.stack((rows, columns), dim=-1).flatten(1, 2)
+    return sine_embedding(positions, d_model // 2, temperature).to(dtype)
+
+
+def grid_boxes(mask: Tensor, size: float) -> Tensor:
+    """Put a square box on every cell of a feature map.
+
+    Args:
+        mask: (B, H, W) bool, True where the image is, False on padding.
+        size: Width and height of the boxes, as a share of the image.
+
+    Returns:
+        (B, H * W, 4) cxcywh relative to the image, row by row.
+    """
+    columns, rows = _grid_positions(mask, 0.5)
+    sides = torch.full_like(rows, size)
+    return torch.stack((columns, rows, sides, sides), dim=-1).flatten(1, 2)
+
+
+def _grid_positions(mask: Tensor, shift: float) -> tuple[Tensor, Tensor]:
+    """X and y (B, H, W) of the cells, where the last valid row and column lie at 1."""
     rows = mask.cumsum(1, dtype=torch.float32)
     columns = mask.cumsum(2, dtype=torch.float32)
     # DETR's guard against a map without a valid cell.
     epsilon = 1e-6
-    shift = 0.5 if cell_centres else 0.0
     rows = (rows - shift) / (rows[:, -1:, :] + epsilon)
     columns = (columns - shift) / (columns[:, :, -1:] + epsilon)
-    positions = torch.stack((rows, columns), dim=-1).flatten(1, 2)
-    return sine_embedding(positions, d_model // 2, temperature).to(dtype)
+    return columns, rows

@@ -16,14 +16,17 @@ class MultiLayerPerceptron(nn.Module):
     """Linear layers with ReLU in between.
 
     Args:
-        dimensions: Widths from input to output, so one layer less than entries.
+        *dimensions: Widths from input to output, so one layer less than entries.
+        starts_at_zero: Whether the output is 0 at first.
     """
 
-    def __init__(self, *dimensions: int) -> None:
+    def __init__(self, *dimensions: int, starts_at_zero: bool = False) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
             nn.Linear(width_in, width_out) for width_in, width_out in itertools.pairwise(dimensions)
         )
+        if starts_at_zero:
+            self.layers[-1] = ZeroLinear(*dimensions[-2:])
 
     def forward(self, features: Tensor) -> Tensor:
         """Map (..., dimensions[0]) to (..., dimensions[-1])."""
@@ -41,9 +44,7 @@ class BoxHead(MultiLayerPerceptron):
     """
 
     def __init__(self, d_model: int, *, refines_anchors: bool = False) -> None:
-        super().__init__(d_model, d_model, d_model, 4)
-        if refines_anchors:
-            self.layers[-1] = ZeroLinear(d_model, 4)
+        super().__init__(d_model, d_model, d_model, 4, starts_at_zero=refines_anchors)
 
 
 class ZeroLinear(nn.Linear):

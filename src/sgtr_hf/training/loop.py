@@ -70,7 +70,7 @@ class Trainer:
         names = (self.splits.train.id2label, self.splits.train.id2predicate)
         model = make_model(self.recipe, *names)
         if self.settings.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         self.average: AveragedModel | None = None
         if self.settings.ema_decay > 0:
             self.average = AveragedModel(

@@ -78,9 +78,7 @@ def _text_color(color: Color) -> str:
     return "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.55 else "white"  # noqa: PLR2004
 
 
-def _draw_picture(
-    axes: Axes, image: Image.Image, graph: SceneGraph, colors: list[Color]
-) -> None:
+def _draw_picture(axes: Axes, image: Image.Image, graph: SceneGraph, colors: list[Color]) -> None:
     axes.imshow(np.asarray(image.convert("RGB")))
     axes.set_axis_off()
     size = 9 if graph.num_entities <= 15 else 7  # noqa: PLR2004
@@ -131,7 +129,9 @@ def _free_place(
         )
         for x, y in candidates
     ]
-    covered = [sum(_overlap((x, y, x + width, y + height), other) for other in taken) for x, y in inside]
+    covered = [
+        sum(_overlap((x, y, x + width, y + height), other) for other in taken) for x, y in inside
+    ]
     return inside[int(np.argmin(covered))]
 
 
@@ -174,7 +174,9 @@ def _draw_graph(axes: Axes, graph: SceneGraph, colors: list[Color]) -> None:
             color=_text_color(colors[index]),
             zorder=5,
         )
-        text.set_bbox({"boxstyle": "round,pad=0.35", "facecolor": colors[index], "edgecolor": "0.3"})
+        text.set_bbox(
+            {"boxstyle": "round,pad=0.35", "facecolor": colors[index], "edgecolor": "0.3"}
+        )
 
 
 def _add_text(axes: Axes, place: Point, words: str, size: float) -> Text:
