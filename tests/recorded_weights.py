@@ -1,0 +1,34 @@
+"""Weights as a function of a parameter's name and shape, as the recorded figures were made with."""
+
+import hashlib
+import json
+import math
+
+import numpy as np
+import torch
+
+
+def recorded_weight(name, shape):
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+    draw = np.random.Generator(np.random.PCG64(seed)).standard_normal(shape, dtype=np.float32)
+    if name.endswith("running_var"):
+        return 1 + 0.2 * np.abs(draw)
+    if name.endswith("running_mean"):
+        return np.float32(0.05) * draw
+    if len(shape) == 1:
+        if name.endswith(("weight", "weight_g")):
+            return np.float32(0.6) + np.float32(0.1) * draw
+        return np.float32(0.05) * draw
+    return np.float32(1 / math.sqrt(math.prod(shape[1:]))) * draw
+
+
+def recorded_checkpoint(keys_file):
+    entries = json.loads(keys_file.read_text())
+    weights = {
+        name: torch.from_numpy(np.ascontiguousarray(recorded_weight(name, tuple(shape))))
+        for name, shape in entries["keys"].items()
+        if not name.endswith("num_batches_tracked")
+    }
+    for alias, name in entries.get("tied", {}).items():
+        weights[alias] = weights[name]
+    return weights

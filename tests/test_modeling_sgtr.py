@@ -1,0 +1,156 @@
+import pytest
+import torch
+from conftest import random_labels, small_config
+
+from sgtr_hf import SgtrForSceneGraphGeneration
+from sgtr_hf.modeling.graph_assembling import assembling_scores
+
+
+VARIANTS = {
+    "default": ({}, {}),
+    "joint with denoising and selection": (
+        {"num_denoising_groups": 2, "select_queries": True, "num_queries": 7},
+        {},
+    ),
+    "frozen detector": ({}, {"freeze_detector": True}),
+    "softmax everywhere": (
+        {"classification": "softmax", "query_type": "learned"},
+        {"predicate_classification": "softmax"},
+    ),
+    "as released": (
+        {"classification": "softmax", "query_type": "learned", "legacy_box_offset": 1e-3},
+        {
+            "entity_position_keys": False,
+            "legacy_pixel_distance": True,
+            "legacy_triplet_matching": True,
+            "legacy_focal_normalization": True,
+        },
+    ),
+    "static queries, last level only": ({}, {"dynamic_queries": False, "auxiliary_loss": False}),
+}
+
+
+def make_model(detector=None, **fields):
+    torch.manual_seed(0)
+    return SgtrForSceneGraphGeneration(small_config(detector, **fields)).eval()
+
+
+@pytest.mark.parametrize(("detector", "fields"), VARIANTS.values(), ids=VARIANTS.keys())
+def test_every_variant_trains(detector, fields, pixel_values):
+    model = make_model(detector, **fields).train()
+    output = model(pixel_values, labels=random_labels())
+    output.loss.backward()
+    assert torch.isfinite(output.loss)
+    assert output.loss.item() == pytest.approx(
+        sum(value.item() for value in output.loss_dict.values()), rel=1e-5
+    )
+    heads = (model.predicate_head, model.subject_box_head.layers[0], model.object_class_head)
+    assert all(head.weight.grad.abs().sum() > 0 for head in heads)
+
+
+@pytest.mark.parametrize(("detector", "fields"), VARIANTS.values(), ids=VARIANTS.keys())
+def test_runs_without_annotations(detector, fields, pixel_values):
+    model = make_model(detector, **fields)
+    with torch.no_grad():
+        output = model(pixel_values)
+        single = model(pixel_values[1:])
+    num_entities = model.config.detector_config.num_queries
+    assert output.subject_scores.shape == (2, 12, num_entities)
+    assert output.predicate_probabilities.shape == (2, 12, 2)
+    assert output.entity_probabilities.shape == (2, num_entities, 3)
+    assert output.loss is None
+    for name in ("predicate_logits", "subject_boxes", "object_scores"):
+        torch.testing.assert_close(output[name][1:], single[name], rtol=0, atol=1e-5)
+
+
+def test_a_frozen_detector_neither_trains_nor_drops(pixel_values):
+    model = make_model({"dropout": 0.5}, freeze_detector=True).train()
+    assert not model.model.detector.training
+    output = model(pixel_values, labels=random_labels())
+    output.loss.backward()
+    assert all(p.grad is None for p in model.model.detector.parameters())
+    assert not any("entities" in name for name in output.loss_dict)
+
+
+def test_an_unfrozen_detector_trains_too(pixel_values):
+    model = make_model().train()
+    output = model(pixel_values, labels=random_labels())
+    output.loss.backward()
+    assert model.model.detector.class_head.weight.grad.abs().sum() > 0
+    assert any("entities" in name for name in output.loss_dict)
+
+
+def test_saved_weights_come_back(tmp_path, pixel_values):
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    loaded = SgtrForSceneGraphGeneration.from_pretrained(tmp_path)
+    with torch.no_grad():
+        expected, found = model(pixel_values), loaded(pixel_values)
+    torch.testing.assert_close(found.predicate_logits, expected.predicate_logits)
+    assert loaded.config.id2predicate == {0: "on", 1: "inside"}
+    assert loaded.config.id2label == loaded.config.detector_config.id2label
+
+
+def test_attention_backends_agree(pixel_values):
+    model = make_model()
+    with torch.no_grad():
+        fused = model(pixel_values).predicate_logits
+        model.set_attn_implementation({"": "eager", "detector_config": "eager"})
+        written_out = model(pixel_values).predicate_logits
+    torch.testing.assert_close(fused, written_out, rtol=1e-4, atol=1e-5)
+
+
+def test_a_relation_to_a_missing_entity_is_an_error(pixel_values):
+    labels = random_labels()
+    labels[0]["relations"][0, 1] = 9
+    with pytest.raises(ValueError, match="relations"):
+        make_model()(pixel_values, labels=labels)
+
+
+def test_more_relations_than_queries_is_an_error(pixel_values):
+    with pytest.raises(ValueError, match="num_predicate_queries"):
+        make_model(num_predicate_queries=1)(pixel_values, labels=random_labels())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("id2predicate", {0: "on", 2: "in"}),
+        ("num_predicate_queries", 0),
+        ("assembling_top_k", -1),
+        ("predicate_cost_weight", -0.5),
+        ("dropout", 2),
+        ("freeze_detector", "yes"),
+    ],
+)
+def test_wrong_fields_name_themselves(field, value):
+    with pytest.raises(Exception, match=field):
+        small_config(**{field: value})
+
+
+def test_assembling_finds_the_entity_that_the_indicator_describes():
+    config = small_config()
+    boxes = torch.tensor([[[0.2, 0.2, 0.2, 0.2], [0.7, 0.7, 0.2, 0.2], [0.2, 0.7, 0.2, 0.2]]])
+    probabilities = torch.eye(3)[None] * 0.9
+    wanted = torch.tensor([2, 0])
+    indicator = (boxes[:, wanted, :2], probabilities[:, wanted], boxes[:, wanted])
+    sizes = torch.tensor([[480, 640]])
+    scores = assembling_scores(config, indicator, (probabilities, boxes), sizes)
+    assert scores.argmax(-1)[0].tolist() == wanted.tolist()
+    # One entity at the very place, with the very class: confidence alone is left.
+    assert scores[0, 0, 2].item() == pytest.approx(0.9**config.assembling_exponent, rel=1e-5)
+
+
+def test_assembling_depends_on_pixels_only_as_released():
+    torch.manual_seed(0)
+    boxes = torch.rand(1, 5, 4) * 0.4 + 0.2
+    probabilities = torch.rand(1, 5, 3)
+    indicator = (boxes[..., :2] + 0.05, probabilities.flip(1), boxes)
+    small, large = torch.tensor([[100, 100]]), torch.tensor([[1000, 1000]])
+    for legacy in (False, True):
+        config = small_config(legacy_pixel_distance=legacy)
+        first, second = (
+            assembling_scores(config, indicator, (probabilities, boxes), size)
+            for size in (small, large)
+        )
+        assert torch.equal(first, second) is not legacy
