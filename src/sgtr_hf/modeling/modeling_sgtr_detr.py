@@ -20,7 +20,6 @@ from ..losses.hungarian_matching import (
     entity_matching_costs,
     pad_annotations,
 )
-from .anchor_attention import AnchorAttentionBias
 from .backbone_freezing import freeze_backbone, hold_batch_norm
 from .denoising_queries import DenoisingQueries, DenoisingQueryGenerator, denoising_visibility
 from .position_embedding import (
@@ -151,9 +150,7 @@ def init_transformer_weights(module: nn.Module, embedding_std: float) -> None:
             init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
         init.normal_(module.weight, std=embedding_std)
-    if isinstance(module, AnchorAttentionBias):
-        module.init_parameters()
-    elif isinstance(module, PlaceProjection):
+    if isinstance(module, PlaceProjection):
         init.copy_(module.weight, module.initial_weight().to(module.weight))
     init_head(module)
 
@@ -381,9 +378,6 @@ class AnchorQueryDecoder(_Decoder):
         self.position_head = MultiLayerPerceptron(2 * width, width, width)
         self.scale_head = MultiLayerPerceptron(width, width, width, starts_at_zero=True)
         self.size_head = MultiLayerPerceptron(width, width, 2)
-        self.attention_biases = nn.ModuleList(
-            AnchorAttentionBias(config.num_attention_heads) for _ in range(config.decoder_layers)
-        )
 
     def forward(
         self,
@@ -396,8 +390,9 @@ class AnchorQueryDecoder(_Decoder):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         """Return hidden states (L, B, N, d_model) and boxes (L, B, N, 4); L is 1 at inference."""
+        memory_mask = self.memory_mask(hidden_states, memory)
         levels, boxes = [], []
-        for layer, attention_bias in zip(self.layers, self.attention_biases, strict=True):
+        for layer in self.layers:
             embedding = box_sine_embedding(
                 anchors, self.config.d_model, self.config.position_temperature
             )
@@ -408,7 +403,7 @@ class AnchorQueryDecoder(_Decoder):
                 memory_position=memory.position,
                 spatial_query=self._spatial_query(hidden_states, anchors),
                 self_attention_mask=self_mask,
-                memory_mask=attention_bias(anchors, memory.cells, memory.padding_mask),
+                memory_mask=memory_mask,
                 **kwargs,
             )
             normed = self.norm(hidden_states)
