@@ -1,17 +1,21 @@
 import pytest
 import torch
-from conftest import random_labels, small_backbone, small_detector_config
 from torch import nn
 from transformers import AutoBackbone, ResNetConfig, SwinConfig
 
+from conftest import random_labels, small_backbone, small_detector_config
 from sgtr_hf import SgtrDetrForObjectDetection
 from sgtr_hf.modeling.backbone_freezing import freeze_backbone
 
 
 def resnet(**fields):
     return ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[2, 1, 1, 1],
-        layer_type="bottleneck", out_features=["stage4"], **fields,
+        embedding_size=8,
+        hidden_sizes=[8, 8, 16, 16],
+        depths=[2, 1, 1, 1],
+        layer_type="bottleneck",
+        out_features=["stage4"],
+        **fields,
     )
 
 
@@ -47,7 +51,10 @@ def test_timm_freezes_up_to_stride_eight():
 
 def test_swin_freezes_by_stage():
     config = SwinConfig(
-        image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1],
+        image_size=64,
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 1, 1, 1],
         out_features=["stage4"],
     )
     frozen, everything = frozen_parts(config, 2)

@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from recorded_weights import recorded_checkpoint
 from safetensors.torch import load_file
 
+from recorded_weights import recorded_checkpoint
 from sgtr_hf import SgtrDetrForObjectDetection, SgtrForSceneGraphGeneration
 from sgtr_hf.hub.checkpoint_conversion import convert_detr_checkpoint, convert_sgtr_checkpoint
 

@@ -127,9 +127,7 @@ TWO_BOXES = [[10, 10, 30, 30], [50, 50, 90, 90]]
 def test_rank_of_first_hit_agrees_with_plain_loops(data_set, add_one_pixel, iou_threshold):
     found = []
     for prediction, reference in zip(*data_set, strict=True):
-        ranks = rank_of_first_hit(
-            prediction, reference, iou_threshold, add_one_pixel=add_one_pixel
-        )
+        ranks = rank_of_first_hit(prediction, reference, iou_threshold, add_one_pixel=add_one_pixel)
         assert ranks.dtype == np.int64
         expected = slow_ranks(prediction, reference, iou_threshold, int(add_one_pixel))
         assert ranks.tolist() == expected

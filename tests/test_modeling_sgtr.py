@@ -1,7 +1,7 @@
 import pytest
 import torch
-from conftest import random_labels, small_config
 
+from conftest import random_labels, small_config
 from sgtr_hf import SgtrForSceneGraphGeneration
 from sgtr_hf.modeling.graph_assembling import assembling_scores
 

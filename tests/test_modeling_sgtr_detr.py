@@ -1,8 +1,8 @@
 import pytest
 import torch
-from conftest import random_labels, small_detector_config
 from transformers import ResNetConfig
 
+from conftest import random_labels, small_detector_config
 from sgtr_hf import SgtrDetrForObjectDetection
 
 
@@ -13,8 +13,11 @@ VARIANTS = {
     "pre-norm": {"query_type": "learned", "norm_first": True},
     "one level": {
         "backbone_config": ResNetConfig(
-            embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1],
-            layer_type="basic", out_features=["stage4"],
+            embedding_size=8,
+            hidden_sizes=[8, 8, 16, 16],
+            depths=[1, 1, 1, 1],
+            layer_type="basic",
+            out_features=["stage4"],
         )
     },
 }

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from conftest import small_detector_config
 from torch import nn
 
+from conftest import small_detector_config
 from sgtr_hf.modeling.transformer_layers import DecoderLayer, EncoderLayer, MultiHeadAttention
 
 
@@ -74,7 +74,9 @@ def test_positions_reach_queries_and_keys_but_never_values():
     features, position = torch.randn(1, 4, WIDTH), torch.randn(1, 4, WIDTH)
     # With one key the weights are 1: the result is the value, whatever the position.
     with torch.no_grad():
-        with_position, _ = attention(features + position, (features + position)[:, :1], features[:, :1])
+        with_position, _ = attention(
+            features + position, (features + position)[:, :1], features[:, :1]
+        )
         without, _ = attention(features, features[:, :1], features[:, :1])
     torch.testing.assert_close(with_position, without)
 

@@ -8,9 +8,9 @@ from ._version import __version__
 from .auto import AutoModelForSceneGraphGeneration, register
 from .configuration.configuration_sgtr import SgtrConfig
 from .configuration.configuration_sgtr_detr import SgtrDetrConfig
+from .image_processing.image_processing_sgtr import SgtrImageProcessor, SgtrImageProcessorPil
 from .modeling.modeling_sgtr import SgtrForSceneGraphGeneration, SgtrModel
 from .modeling.modeling_sgtr_detr import SgtrDetrForObjectDetection, SgtrDetrModel
-from .image_processing.image_processing_sgtr import SgtrImageProcessor, SgtrImageProcessorPil
 from .pipelines.scene_graph_pipeline import SceneGraphPipeline
 from .scene_graph import SceneGraph
 

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def predict(options: argparse.Namespace) -> int:
     """Find the scene graphs of pictures, print them, and write what was asked for."""
     paths = list(_image_paths(options.images))
-    _check_output_names(options, len(paths))
+    _check_output_names(options)
     from transformers import pipeline
 
     generate = pipeline(TASK, model=_model_folder(options.model))
@@ -155,7 +155,7 @@ def _model_folder(model: str) -> str:
     return model
 
 
-def _check_output_names(options: argparse.Namespace, count: int) -> None:
+def _check_output_names(options: argparse.Namespace) -> None:
     for path in (options.output, options.draw):
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"the folder {path.parent} of {path.name} does not exist.")

@@ -7,9 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .boxes import box_cxcywh_to_xyxy
-from .boxes import box_iou
-from .boxes import scale_boxes
+from .boxes import box_cxcywh_to_xyxy, box_iou, scale_boxes
 from .scene_graph import SceneGraph
 
 
@@ -151,7 +149,7 @@ def _assemble(
     entities: _Entities, predicates: Tensor, subject_scores: Tensor, object_scores: Tensor
 ) -> _Triplets:
     """Link the likeliest predicates to their best entities, rank with rank, best first."""
-    batch_size, num_queries, num_predicates = predicates.shape
+    _, num_queries, num_predicates = predicates.shape
     links = min(LINKS, entities.scores.shape[1])
     predicate_scores, candidates = predicates.float().flatten(1).topk(num_queries)
     query, predicate = candidates // num_predicates, candidates % num_predicates

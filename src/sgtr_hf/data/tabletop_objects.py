@@ -4,6 +4,7 @@ Lengths are in decimetres: the physics engine keeps its contact margins for unit
 centimetre toys in metres would jitter.
 """
 
+import itertools
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -256,7 +257,7 @@ def _read_obj(path: Path) -> tuple[Array, Array, NDArray[np.int64]]:
             coordinates.append([float(value) for value in values[:2]])
         elif kind == "f":
             polygon = [_parse_corner(value) for value in values]
-            for second, third in zip(polygon[1:-1], polygon[2:], strict=True):
+            for second, third in itertools.pairwise(polygon[1:]):
                 corners.extend((polygon[0], second, third))
     return np.array(positions), np.array(coordinates), np.array(corners, dtype=np.int64)
 

@@ -114,19 +114,21 @@ def _physical_relation(
 ) -> tuple[int, int, str] | None:
     """What holds an object: a container, a thing it leans on, a carrier, or a roof above it."""
     entity = objects[index]
+    found: tuple[int, int, str] | None = None
+    rest = int(contacts.sideways[index].argmax())
+    is_tilted = LEANING_TILT[0] < entity.tilt < LEANING_TILT[1]
     if holders[index] != FLOOR:
-        return index, holders[index], "inside"
-    if LEANING_TILT[0] < entity.tilt < LEANING_TILT[1]:
-        rest = int(contacts.sideways[index].argmax())
-        if contacts.sideways[index, rest] > 0 and rest != entity.support:
-            return index, rest, "leaning on"
-    if entity.support != FLOOR:
-        carrier = objects[entity.support]
-        if _footprint(carrier) < SUPPORTING_RATIO * _footprint(entity):
-            return entity.support, index, "supporting"
-        return index, entity.support, "on"
-    roof = _roof(objects, index)
-    return None if roof == FLOOR else (index, roof, "under")
+        found = index, holders[index], "inside"
+    elif is_tilted and contacts.sideways[index, rest] > 0 and rest != entity.support:
+        found = index, rest, "leaning on"
+    elif entity.support != FLOOR:
+        is_narrow = _footprint(objects[entity.support]) < SUPPORTING_RATIO * _footprint(entity)
+        found = (
+            (entity.support, index, "supporting") if is_narrow else (index, entity.support, "on")
+        )
+    elif (roof := _roof(objects, index)) != FLOOR:
+        found = index, roof, "under"
+    return found
 
 
 def _footprint(entity: PlacedObject) -> float:

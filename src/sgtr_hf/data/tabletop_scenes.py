@@ -112,7 +112,7 @@ class TabletopRenderer:
             for body in (floor, *(body.identifier for body in bodies)):
                 pybullet.removeBody(body, physicsClientId=self.client)
             # A view with fewer than three things says nothing; the generator goes on from here.
-            if len(scene.labels) >= 3 and scene.relations:  # noqa: PLR2004
+            if len(scene.labels) >= 3 and scene.relations:
                 return scene
 
     def _add_floor(self, generator: np.random.Generator) -> int:
@@ -366,7 +366,7 @@ class TabletopRenderer:
         for body in bodies:
             low, high = pybullet.getAABB(body.identifier, physicsClientId=self.client)
             middles.append((np.array(low) + np.array(high)) / 2)
-        near = [middle for middle in middles if np.abs(middle[:2]).max() < 3]  # noqa: PLR2004
+        near = [middle for middle in middles if np.abs(middle[:2]).max() < 3]
         target = np.mean(near or middles, axis=0) + generator.normal(0, [0.25, 0.25, 0.1])
         azimuth = -np.pi / 2 + generator.normal(0, 0.6)
         elevation = np.radians(generator.uniform(18, 50))
@@ -432,7 +432,7 @@ class TabletopRenderer:
                 own = index_of[body.identifier]
                 push = force * np.linalg.norm(normal[:2])
                 # Only a push that is mostly horizontal holds a leaning thing.
-                if abs(normal[2]) < 0.8:  # noqa: PLR2004
+                if abs(normal[2]) < 0.8:
                     sideways[own, index_of[other]] += push
         # Things that lie on a body push it down; only what pushes up carries it.
         carriers = {other: lift for other, lift in lifts.items() if lift > 0}
@@ -486,7 +486,7 @@ def _quaternion(rotation: Array) -> list[float]:
     trace = np.trace(rotation)
     candidates = np.array([*np.diag(rotation), trace])
     choice = int(candidates.argmax())
-    if choice == 3:  # noqa: PLR2004
+    if choice == 3:
         xyz = [
             rotation[2, 1] - rotation[1, 2],
             rotation[0, 2] - rotation[2, 0],

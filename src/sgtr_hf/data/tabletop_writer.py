@@ -192,5 +192,5 @@ How relations are decided: "inside" an open box; "leaning on" what holds a tilte
 side; "on" what carries it, or "supporting" when the carrier has the clearly smaller footprint;
 "under" a table top; else the nearest neighbour on the same ground: "next to" if they nearly touch,
 otherwise the direction as the viewer sees it, told of the one that looks smaller. A pair has at
-most one relation. Boxes enclose the visible parts. A horizontal flip swaps "left of" and "right of".
+most one relation. Boxes enclose the visible parts. A mirror image swaps "left of" and "right of".
 """

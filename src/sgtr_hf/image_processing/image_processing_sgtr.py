@@ -22,8 +22,7 @@ from transformers.utils import logging
 from transformers.utils.import_utils import is_torchvision_available
 
 from ..boxes import box_xyxy_to_cxcywh
-from ..post_processing import detect_objects
-from ..post_processing import find_scene_graphs
+from ..post_processing import detect_objects, find_scene_graphs
 from ..scene_graph import SceneGraph
 
 
@@ -172,7 +171,7 @@ class _SgtrImageProcessing:
             outputs["entity_probabilities"], outputs["pred_boxes"], threshold, target_sizes
         )
 
-    def post_process_scene_graph(  # noqa: PLR0913
+    def post_process_scene_graph(
         self,
         outputs: Any,
         threshold: float = 0.0,
@@ -409,8 +408,11 @@ def _remap(relations: np.ndarray, is_kept: np.ndarray, image_id: Any) -> np.ndar
         return relations
     stays = is_kept[relations[:, :2]].all(axis=1)
     logger.warning(
-        f"Image {image_id}: dropped {int((~is_kept).sum())} crowds or boxes without area inside "
-        f"the image, and {int((~stays).sum())} relations of theirs."
+        "Image %s: dropped %d crowds or boxes without area inside the image, and %d relations of "
+        "theirs.",
+        image_id,
+        int((~is_kept).sum()),
+        int((~stays).sum()),
     )
     new_index = np.cumsum(is_kept) - 1
     kept = relations[stays].copy()

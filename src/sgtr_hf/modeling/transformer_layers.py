@@ -213,6 +213,7 @@ class EncoderLayer(_ResidualLayer):
             hidden_states: (B, S, d_model).
             position: (B, S, d_model), added to queries and keys.
             mask: Attention mask of the backend, or None when nothing is padded.
+            **kwargs: For the attention backend.
         """
         normed = self.before(self.self_attention_norm, hidden_states)
         placed = normed + position
@@ -266,6 +267,7 @@ class DecoderLayer(_ResidualLayer):
             spatial_query: (B, Q, d_model) place that a conditional cross-attention looks for.
             self_attention_mask: Mask of the self-attention.
             memory_mask: Mask of the cross-attention.
+            **kwargs: For the attention backend.
         """
         normed = self.before(self.self_attention_norm, hidden_states)
         placed = _add(normed, query_position)

@@ -196,10 +196,10 @@ def _fits(hint: Any, value: Any) -> bool:
         return value in typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(option, value) for option in typing.get_args(hint))
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (int, float):
+        numbers = (int,) if hint is int else (int, float)
+        # True is an int to Python, but not to the writer of a recipe.
+        return isinstance(value, numbers) and not isinstance(value, bool)
     return isinstance(value, origin or hint)
 
 

@@ -1,0 +1,74 @@
+"""Times one 640 x 480 picture through the shipped model, stage by stage, on an idle machine.
+
+Prints the median of each stage in milliseconds, its share, and the whole as a ratio to a reference
+measured in the same run: the backbone of the model alone on the same input.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from importlib import resources
+
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor
+
+import sgtr_hf
+from sgtr_hf.auto import DEFAULT_CHECKPOINT
+from sgtr_hf.modeling.graph_assembling import assembling_scores
+
+
+def median_milliseconds(function: Callable[[], object], repeats: int) -> float:
+    """Return the median time of a call after three warm-up calls."""
+    for _ in range(3):
+        function()
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        function()
+        times.append(1000 * (time.perf_counter() - started))
+    return statistics.median(times)
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=30)
+    options = parser.parse_args()
+    image = Image.open(resources.files("sgtr_hf") / "assets" / "tabletop.jpg").convert("RGB")
+    model = sgtr_hf.SgtrForSceneGraphGeneration.from_pretrained(DEFAULT_CHECKPOINT)
+    processor = AutoImageProcessor.from_pretrained(DEFAULT_CHECKPOINT)
+    pipe = sgtr_hf.SceneGraphPipeline(model=model, image_processor=processor)
+    inputs = processor(images=image, return_tensors="pt")
+    outputs = model(**inputs)
+    sizes = torch.tensor([[image.height, image.width]])
+    indicator = (
+        outputs.relation_vectors[..., :2],
+        outputs.subject_logits.sigmoid(),
+        outputs.subject_boxes,
+    )
+    entity = (outputs.entity_probabilities, outputs.pred_boxes)
+    stages = {
+        "processing": lambda: processor(images=image, return_tensors="pt"),
+        "model (with assembling)": lambda: model(**inputs),
+        "  of it assembling": lambda: [
+            assembling_scores(model.config, indicator, entity, sizes) for _ in range(2)
+        ],
+        "post-processing": lambda: processor.post_process_scene_graph(outputs, target_sizes=sizes),
+        "whole pipeline": lambda: pipe(image),
+        "reference: backbone alone": lambda: model.model.detector.model.backbone(
+            inputs["pixel_values"]
+        ),
+    }
+    times = {name: median_milliseconds(stage, options.repeats) for name, stage in stages.items()}
+    whole, reference = times["whole pipeline"], times["reference: backbone alone"]
+    print(f"picture {image.width} x {image.height}, {torch.get_num_threads()} threads")
+    for name, value in times.items():
+        print(f"{name:28s} {value:7.1f} ms  {value / whole:6.1%}")
+    print(f"whole pipeline / backbone alone = {whole / reference:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Put a trained model into the package: `python scripts/ship_checkpoint.py RUN REPORT FOLDER`.
+
+Weights are stored as bfloat16, which halves the file, and load as float32 since the configuration
+says so. The card is made of the run's record and of the report of `evaluate_model.py`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from sgtr_hf import SgtrForSceneGraphGeneration, SgtrImageProcessor
+from sgtr_hf.hub.model_card import write_model_card
+
+
+MAX_BYTES = 16 * 2**20
+
+
+def main() -> None:
+    """Load, store, write the card."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="output folder of a training run")
+    parser.add_argument("report", type=Path, help="JSON of evaluate_model.py")
+    parser.add_argument("folder", type=Path, help="where the checkpoint goes")
+    parser.add_argument("--detector-run", type=Path, help="run of the detector it was trained on")
+    parser.add_argument("--commit", required=True, help="commit that trained it")
+    options = parser.parse_args()
+
+    model = SgtrForSceneGraphGeneration.from_pretrained(options.run / "final", dtype=torch.bfloat16)
+    model.save_pretrained(options.folder)
+    config_file = options.folder / "config.json"
+    config = json.loads(config_file.read_text())
+    config["dtype"] = "float32"
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    SgtrImageProcessor.from_pretrained(options.run / "final").save_pretrained(options.folder)
+    size = (options.folder / "model.safetensors").stat().st_size
+    if size > MAX_BYTES:
+        raise SystemExit(f"error: the weights have {size} bytes, more than {MAX_BYTES}.")
+    runs = [options.run] if options.detector_run is None else [options.detector_run, options.run]
+    write_model_card(
+        options.folder / "README.md",
+        json.loads(options.report.read_text()),
+        [json.loads((run / "training.json").read_text()) for run in runs],
+        commit=options.commit,
+    )
+
+
+if __name__ == "__main__":
+    main()
