@@ -12,14 +12,15 @@ def recorded_weight(name, shape):
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
     draw = np.random.Generator(np.random.PCG64(seed)).standard_normal(shape, dtype=np.float32)
     if name.endswith("running_var"):
-        return 1 + 0.2 * np.abs(draw)
-    if name.endswith("running_mean"):
-        return np.float32(0.05) * draw
-    if len(shape) == 1:
-        if name.endswith(("weight", "weight_g")):
-            return np.float32(0.6) + np.float32(0.1) * draw
-        return np.float32(0.05) * draw
-    return np.float32(1 / math.sqrt(math.prod(shape[1:]))) * draw
+        weight = 1 + 0.2 * np.abs(draw)
+    elif name.endswith("running_mean"):
+        weight = np.float32(0.05) * draw
+    elif len(shape) == 1:
+        is_scale = name.endswith(("weight", "weight_g"))
+        weight = np.float32(0.6) + np.float32(0.1) * draw if is_scale else np.float32(0.05) * draw
+    else:
+        weight = np.float32(1 / math.sqrt(math.prod(shape[1:]))) * draw
+    return weight
 
 
 def recorded_checkpoint(keys_file):

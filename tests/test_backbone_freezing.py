@@ -27,7 +27,7 @@ def frozen_parts(config, stages):
     backbone = AutoBackbone.from_config(config)
     everything = trainable(backbone)
     freeze_backbone(backbone, stages)
-    return {name for name in everything - trainable(backbone)}, everything
+    return everything - trainable(backbone), everything
 
 
 @pytest.mark.parametrize("stride_in_first", [False, True])

@@ -282,11 +282,11 @@ def test_recall_arguments_are_checked():
         SceneGraphRecall(top_k=())
     with pytest.raises(ValueError, match="top_k"):
         SceneGraphRecall(top_k=(0, 20))
-    with pytest.raises(ValueError, match="one of.*clean.*'other'"):
+    with pytest.raises(ValueError, match=r"one of.*clean.*'other'"):
         SceneGraphRecall(protocol="other")
     with pytest.raises(ValueError, match="num_predicates"):
         SceneGraphRecall(protocol="sgtr")
-    with pytest.raises(ValueError, match="num_predicates.*predicate 7"):
+    with pytest.raises(ValueError, match=r"num_predicates.*predicate 7"):
         SceneGraphRecall(num_predicates=7).update([graph], [graph])
     with pytest.raises(ValueError, match="one graph for each image"):
         SceneGraphRecall().update([graph], [])

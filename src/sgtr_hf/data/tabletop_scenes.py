@@ -19,6 +19,7 @@ from .tabletop_objects import (
     make_shapes,
 )
 from .tabletop_relations import FLOOR, NEIGHBOUR_GAP, CameraAxes, Contacts, PlacedObject, annotate
+from .tabletop_rotations import LYING, frame_with_axis_up, quaternion_of, turn_about_vertical
 from .tabletop_textures import random_color, write_textures
 
 
@@ -212,7 +213,7 @@ class TabletopRenderer:
         where[axis] += side * distance
         where[1 - axis] += generator.uniform(-0.2, 0.2)
         where[2] = low[2] + long_side * np.cos(tilt) + 0.08
-        orientation = _frame_with_axis_up(up, int(np.argmax(shapes.half_sides)), axis)
+        orientation = frame_with_axis_up(up, int(np.argmax(shapes.half_sides)), axis)
         bodies.append(self._create(generator, kind, shapes, where, orientation))
 
     def _draw_shapes(self, generator: np.random.Generator, name: str) -> ShapePair:
@@ -232,7 +233,7 @@ class TabletopRenderer:
         turn = generator.uniform(0, 2 * np.pi)
         if name == "table":
             turn = generator.normal(0, 0.25)
-        rotation = _turn(turn) @ _LYING[up_axis]
+        rotation = turn_about_vertical(turn) @ LYING[up_axis]
         height = float(np.abs(rotation[2]) @ shapes.half_sides)
         where = ground + np.array([0, 0, height])
         body = self._create(generator, kind, shapes, where, rotation)
@@ -282,7 +283,7 @@ class TabletopRenderer:
             shapes.collision,
             shapes.visual,
             basePosition=where.tolist(),
-            baseOrientation=_quaternion(rotation),
+            baseOrientation=quaternion_of(rotation),
             physicsClientId=self.client,
         )
         pybullet.changeDynamics(
@@ -452,55 +453,10 @@ class TabletopRenderer:
 
 
 _NUM_PARTS = {"table": NUM_TABLE_PARTS, "open_box": 5}
-# Rotations that bring an own axis upright.
-_LYING = {
-    "z": np.eye(3),
-    "x": np.array([[0.0, 0.0, -1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]),
-    "y": np.array([[1.0, 0.0, 0.0], [0.0, 0.0, -1.0], [0.0, 1.0, 0.0]]),
-}
 
 
 def _can_lean(body: _Body) -> bool:
     return body.kind.name in LEANING_NAMES
-
-
-def _turn(angle: float) -> Array:
-    cosine, sine = np.cos(angle), np.sin(angle)
-    return np.array([[cosine, -sine, 0.0], [sine, cosine, 0.0], [0.0, 0.0, 1.0]])
-
-
-def _frame_with_axis_up(up: Array, own_axis: int, lean_axis: int) -> Array:
-    """A rotation whose column `own_axis` is `up`, with its thin side towards the lean."""
-    level = np.zeros(3)
-    level[1 - lean_axis] = 1.0
-    columns = [np.zeros(3)] * 3
-    columns[own_axis] = up
-    second, third = (own_axis + 1) % 3, (own_axis + 2) % 3
-    columns[second] = level
-    columns[third] = np.cross(up, level)
-    return np.stack(columns, axis=1)
-
-
-def _quaternion(rotation: Array) -> list[float]:
-    """x, y, z, w of a rotation matrix (Shepperd's method by the largest diagonal term)."""
-    trace = np.trace(rotation)
-    candidates = np.array([*np.diag(rotation), trace])
-    choice = int(candidates.argmax())
-    if choice == 3:
-        xyz = [
-            rotation[2, 1] - rotation[1, 2],
-            rotation[0, 2] - rotation[2, 0],
-            rotation[1, 0] - rotation[0, 1],
-        ]
-        quaternion = np.array([*xyz, 1 + trace])
-    else:
-        i, j, k = choice, (choice + 1) % 3, (choice + 2) % 3
-        quaternion = np.zeros(4)
-        quaternion[i] = 1 - trace + 2 * rotation[i, i]
-        quaternion[j] = rotation[j, i] + rotation[i, j]
-        quaternion[k] = rotation[k, i] + rotation[i, k]
-        quaternion[3] = rotation[k, j] - rotation[j, k]
-    return [float(value) for value in quaternion / np.linalg.norm(quaternion)]
 
 
 def _develop(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
 
 from ..configuration.configuration_sgtr import SgtrConfig
-from .modeling_sgtr_detr import ImageMemory
+from .entity_decoder import ImageMemory
 from .position_embedding import box_sine_embedding, centre_sine_embedding
 from .prediction_heads import MultiLayerPerceptron
 from .transformer_layers import DecoderLayer, EncoderLayer

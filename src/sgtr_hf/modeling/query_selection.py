@@ -52,7 +52,7 @@ class QuerySelection(nn.Module):
         """
         features = self.norm(self.projection(features))
         logits = self.class_head(features)
-        boxes = (self.box_head(features) + inverse_sigmoid(cells)).sigmoid()
+        boxes = (self.box_head(features) + inverse_sigmoid(cells).to(features.dtype)).sigmoid()
         likelihood = (logits if self.is_focal else logits[..., :-1]).detach().amax(dim=-1)
         if padding_mask is not None:
             likelihood = likelihood.masked_fill(~padding_mask, -torch.inf)

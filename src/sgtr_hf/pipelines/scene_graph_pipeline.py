@@ -79,7 +79,8 @@ class SceneGraphPipeline(Pipeline):
 
     def _forward(self, model_inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         target_sizes = model_inputs.pop("target_sizes")
-        outputs = self.model(**model_inputs)
+        pixel_values = model_inputs.pop("pixel_values").to(self.model.dtype)
+        outputs = self.model(pixel_values, **model_inputs)
         fields = {name: outputs[name] for name in _OUTPUT_FIELDS}
         return fields | {"target_sizes": target_sizes}
 

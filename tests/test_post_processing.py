@@ -1,0 +1,154 @@
+import numpy as np
+import pytest
+import torch
+
+from sgtr_hf.boxes import box_cxcywh_to_xyxy, box_iou
+from sgtr_hf.post_processing import LINKS, detect_objects, find_scene_graphs
+
+
+NUM_ENTITIES, NUM_QUERIES, NUM_CLASSES, NUM_PREDICATES = 8, 12, 3, 4
+
+
+def random_outputs(num_images=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.rand(*shape, generator=generator)
+
+    boxes = draw(num_images, NUM_ENTITIES, 4) * 0.3 + 0.3
+    # Two nearly equal entities, so that duplicates occur.
+    boxes[:, 1] = boxes[:, 0] + 0.002
+    probabilities = draw(num_images, NUM_ENTITIES, NUM_CLASSES)
+    probabilities[:, 1] = probabilities[:, 0]
+    return {
+        "entity_probabilities": probabilities,
+        "pred_boxes": boxes,
+        "predicate_probabilities": draw(num_images, NUM_QUERIES, NUM_PREDICATES),
+        "subject_scores": draw(num_images, NUM_QUERIES, NUM_ENTITIES),
+        "object_scores": draw(num_images, NUM_QUERIES, NUM_ENTITIES),
+    }
+
+
+def candidates_of(outputs, image, scores, overlap):
+    predicates = outputs["predicate_probabilities"][image]
+    pairs = [
+        (predicates[query, predicate].item(), query, predicate)
+        for query in range(NUM_QUERIES)
+        for predicate in range(NUM_PREDICATES)
+    ]
+    for value, query, predicate in sorted(pairs, reverse=True)[:NUM_QUERIES]:
+        subjects = outputs["subject_scores"][image, query].topk(LINKS).indices.tolist()
+        objects = outputs["object_scores"][image, query].topk(LINKS).indices.tolist()
+        for subject, object_ in zip(subjects, objects, strict=True):
+            if subject != object_ and overlap[subject, object_] < 0.95:
+                score = value * scores[subject].item() * scores[object_].item()
+                yield score, subject, object_, predicate
+
+
+def one_by_one(outputs, image, *, graph_constraint):
+    """The same selection in plain loops: (score, subject, object, predicate) best first."""
+    scores, labels = outputs["entity_probabilities"][image].max(-1)
+    corners = box_cxcywh_to_xyxy(outputs["pred_boxes"][image]).clamp(0, 1)
+    overlap = box_iou(corners[:, None], corners[None])
+
+    def alike(first, second):
+        return overlap[first, second] > 0.8 and labels[first] == labels[second]
+
+    kept = []
+    for row in sorted(candidates_of(outputs, image, scores, overlap), key=lambda row: -row[0]):
+        clashes = any(
+            row[3] == other[3]
+            and (row[1:3] == other[1:3] or (alike(row[1], other[1]) and alike(row[2], other[2])))
+            for other in kept
+        )
+        if not clashes:
+            kept.append(row)
+    if graph_constraint:
+        first_of_pair = {}
+        for row in kept:
+            first_of_pair.setdefault(row[1:3], row)
+        kept = list(first_of_pair.values())
+    return kept
+
+
+@pytest.mark.parametrize("graph_constraint", [False, True])
+@pytest.mark.parametrize("seed", range(5))
+def test_equals_deciding_one_by_one(seed, graph_constraint):
+    outputs = random_outputs(seed=seed)
+    graphs = find_scene_graphs(outputs, None, graph_constraint=graph_constraint)
+    for image, graph in enumerate(graphs):
+        expected = one_by_one(outputs, image, graph_constraint=graph_constraint)
+        np.testing.assert_allclose(graph.relation_scores, [row[0] for row in expected], rtol=1e-5)
+        scores = outputs["entity_probabilities"][image].amax(-1)
+        # A pair and its reverse have one score and no order, hence sorted.
+        wanted = sorted((p, scores[s].item(), scores[o].item()) for _, s, o, p in expected)
+        found = sorted(
+            (p, graph.scores[s].item(), graph.scores[o].item())
+            for s, o, p in graph.relations.tolist()
+        )
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
+def test_batched_equals_single():
+    outputs = random_outputs(num_images=3)
+    together = find_scene_graphs(outputs, [(100, 200)] * 3)
+    for image, graph in enumerate(together):
+        single = {name: tensor[image : image + 1] for name, tensor in outputs.items()}
+        assert find_scene_graphs(single, [(100, 200)])[0] == graph
+
+
+def test_boxes_are_in_pixels_of_the_target():
+    outputs = random_outputs(num_images=1)
+    graph = find_scene_graphs(outputs, torch.tensor([[100, 200]]))[0]
+    assert graph.image_size == (100, 200)
+    assert graph.boxes_xyxy[:, 2].max() > 100
+    assert graph.boxes_xyxy[:, 3].max() <= 100
+
+
+def test_threshold_and_top_k():
+    outputs = random_outputs()
+    for graph in find_scene_graphs(outputs, None, threshold=0.3, top_k=4):
+        assert graph.num_relations <= 4
+        assert (graph.relation_scores >= 0.3).all()
+    none = find_scene_graphs(outputs, None, threshold=1.0)
+    assert [graph.num_relations for graph in none] == [0, 0]
+
+
+def test_distributions_belong_to_their_relations():
+    graph = find_scene_graphs(random_outputs(), None)[0]
+    chosen = graph.predicate_distributions[np.arange(graph.num_relations), graph.relations[:, 2]]
+    entities = graph.scores[graph.relations[:, 0]] * graph.scores[graph.relations[:, 1]]
+    np.testing.assert_allclose(chosen * entities, graph.relation_scores, rtol=1e-5)
+
+
+@pytest.mark.parametrize("field", ["pred_boxes", "entity_probabilities", "predicate_probabilities"])
+def test_nan_is_a_clear_error(field):
+    outputs = random_outputs()
+    outputs[field][1, 2] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        find_scene_graphs(outputs, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [({"threshold": 1.5}, "threshold"), ({"top_k": 0}, "top_k")],
+)
+def test_wrong_arguments(arguments, field):
+    with pytest.raises(ValueError, match=field):
+        find_scene_graphs(random_outputs(), None, **arguments)
+
+
+def test_wrong_number_of_sizes():
+    with pytest.raises(ValueError, match="target_sizes"):
+        find_scene_graphs(random_outputs(), [(10, 10)])
+
+
+def test_detections_are_sorted_and_cut():
+    outputs = random_outputs()
+    detections = detect_objects(
+        outputs["entity_probabilities"], outputs["pred_boxes"], 0.6, [(50, 60), (50, 60)]
+    )
+    for detection in detections:
+        assert (detection["scores"] > 0.6).all()
+        assert torch.equal(detection["scores"], detection["scores"].sort(descending=True).values)
+        assert detection["boxes"].shape == (len(detection["labels"]), 4)
