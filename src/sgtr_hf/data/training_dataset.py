@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..scene_graph import SceneGraph
 from .schema import vocabularies
+from .training_augmentation import Annotation, Augmentation, augment
 
 
 class TrainingImage(NamedTuple):
@@ -23,16 +24,6 @@ class TrainingImage(NamedTuple):
     """COCO style, as the image processor takes it, with `relations`."""
     reference: SceneGraph
     """The annotation as a graph in pixels of the image."""
-
-
-class Augmentation(NamedTuple):
-    """How training images vary."""
-
-    flip_probability: float = 0.0
-    flip_swaps: dict[int, int] | None = None
-    """Predicates that become others in the mirror."""
-    brightness: float = 0.0
-    """Largest relative change of brightness and contrast."""
 
 
 class SceneGraphDataset(Dataset[TrainingImage]):
@@ -51,8 +42,7 @@ class SceneGraphDataset(Dataset[TrainingImage]):
         self, split: datasets.Dataset, augmentation: Augmentation | None = None, seed: int = 0
     ) -> None:
         self.id2label, self.id2predicate = vocabularies(split.features)
-        # Opened here, so that one place turns bytes into pixels.
-        self.split = split.cast_column("image", datasets.Image(decode=True))
+        self.split = split
         self.augmentation = augmentation
         self.seed = seed
         self.epoch = 0
@@ -62,59 +52,42 @@ class SceneGraphDataset(Dataset[TrainingImage]):
 
     def __getitem__(self, index: int) -> TrainingImage:
         record = self.split[index]
-        image, boxes, relations = record["image"], _boxes(record), _relations(record)
-        check_record(record, len(self.id2label), len(self.id2predicate))
+        image, annotation = record["image"], _annotation(record)
         if self.augmentation is not None:
             generator = np.random.default_rng((self.seed, self.epoch, index))
-            image, boxes, relations = augment(image, boxes, relations, self.augmentation, generator)
-        return self._assemble(record, image, boxes, relations)
+            # Palettes and the like cannot be brightened.
+            image = image.convert("RGB")
+            image, annotation = augment(image, annotation, self.augmentation, generator)
+        return TrainingImage(
+            image,
+            _coco_annotation(record["image_id"], annotation),
+            self._graph(annotation, (image.height, image.width)),
+        )
+
+    def check(self) -> None:
+        """Read all annotations, without opening an image, and reject what cannot be meant.
+
+        Raises:
+            ValueError: If a label, a predicate or an index of an entity is out of range, or a box
+                has no area inside its image.
+        """
+        for record in self.split.remove_columns("image"):
+            check_record(record, len(self.id2label), len(self.id2predicate))
 
     def references(self) -> list[SceneGraph]:
         """Return all annotations as graphs, without opening an image."""
         rows = self.split.remove_columns("image")
         return [
-            self._graph(record, _boxes(record), _relations(record), _size(record))
-            for record in rows
+            self._graph(_annotation(record), (record["height"], record["width"])) for record in rows
         ]
 
-    def _assemble(
-        self,
-        record: dict[str, Any],
-        image: Image.Image,
-        boxes: np.ndarray,
-        relations: np.ndarray,
-    ) -> TrainingImage:
-        entities = [
-            {
-                "bbox": [x1, y1, x2 - x1, y2 - y1],
-                "category_id": entity["label"],
-                "area": (x2 - x1) * (y2 - y1),
-                "iscrowd": 0,
-            }
-            for (x1, y1, x2, y2), entity in zip(boxes.tolist(), record["objects"], strict=True)
-        ]
-        annotation = {
-            "image_id": record["image_id"],
-            "annotations": entities,
-            "relations": relations.tolist(),
-        }
-        size = (image.height, image.width)
-        return TrainingImage(image, annotation, self._graph(record, boxes, relations, size))
-
-    def _graph(
-        self,
-        record: dict[str, Any],
-        boxes: np.ndarray,
-        relations: np.ndarray,
-        size: tuple[int, int],
-    ) -> SceneGraph:
-        labels = np.array([entity["label"] for entity in record["objects"]], dtype=np.int64)
+    def _graph(self, annotation: Annotation, size: tuple[int, int]) -> SceneGraph:
         return SceneGraph(
-            boxes_xyxy=boxes.astype(np.float32),
-            labels=labels,
-            scores=np.ones(len(labels), dtype=np.float32),
-            relations=relations,
-            relation_scores=np.ones(len(relations), dtype=np.float32),
+            boxes_xyxy=annotation.boxes.astype(np.float32),
+            labels=annotation.labels,
+            scores=np.ones(len(annotation.labels), dtype=np.float32),
+            relations=annotation.relations,
+            relation_scores=np.ones(len(annotation.relations), dtype=np.float32),
             image_size=size,
             id2label=self.id2label,
             id2predicate=self.id2predicate,
@@ -173,83 +146,63 @@ def check_record(record: dict[str, Any], num_labels: int, num_predicates: int) -
     """Reject annotations that cannot be meant.
 
     Raises:
-        ValueError: If a label, a predicate or an index of an entity is out of range.
+        ValueError: If a label, a predicate or an index of an entity is out of range, or a box has
+            no area inside the image.
     """
     num_entities = len(record["objects"])
     for entity in record["objects"]:
         _check_index(record, "objects.label", entity["label"], num_labels)
+        _check_box(record, entity["bbox"])
     for relation in record["relations"]:
         _check_index(record, "relations.subject", relation["subject"], num_entities)
         _check_index(record, "relations.object", relation["object"], num_entities)
         _check_index(record, "relations.predicate", relation["predicate"], num_predicates)
 
 
-def augment(
-    image: Image.Image,
-    boxes: np.ndarray,
-    relations: np.ndarray,
-    augmentation: Augmentation,
-    generator: np.random.Generator,
-) -> tuple[Image.Image, np.ndarray, np.ndarray]:
-    """Mirror an image, with its boxes and the predicates that have a side, and change its light."""
-    if generator.uniform() < augmentation.flip_probability:
-        image = ImageOps.mirror(image)
-        boxes = boxes.copy()
-        boxes[:, [0, 2]] = image.width - boxes[:, [2, 0]]
-        swaps = augmentation.flip_swaps or {}
-        relations = relations.copy()
-        relations[:, 2] = [
-            swaps.get(predicate, predicate) for predicate in relations[:, 2].tolist()
-        ]
-    if augmentation.brightness > 0:
-        low, high = 1 - augmentation.brightness, 1 + augmentation.brightness
-        image = ImageEnhance.Brightness(image).enhance(float(generator.uniform(low, high)))
-        image = ImageEnhance.Contrast(image).enhance(float(generator.uniform(low, high)))
-    return image, boxes, relations
-
-
-def make_swaps(pairs: Sequence[Sequence[str]], id2predicate: dict[int, str]) -> dict[int, int]:
-    """Resolve pairs of predicate names that change places in the mirror.
-
-    Raises:
-        ValueError: If an entry is not a pair of known predicates.
-    """
-    ids = {name: index for index, name in id2predicate.items()}
-    swaps: dict[int, int] = {}
-    for pair in pairs:
-        if len(pair) != 2 or any(name not in ids for name in pair):  # noqa: PLR2004
-            raise ValueError(
-                f"`data.flip_swaps` must hold pairs of predicates, got {list(pair)}; known are "
-                f"{', '.join(ids)}."
-            )
-        first, second = (ids[name] for name in pair)
-        swaps |= {first: second, second: first}
-    return swaps
-
-
-def seed_torch_worker(_: int) -> None:
+def limit_worker_threads(_: int) -> None:
     """Keep a loader's worker to one thread: the cores belong to the model."""
     torch.set_num_threads(1)
 
 
-def _boxes(record: dict[str, Any]) -> np.ndarray:
-    return np.array([entity["bbox"] for entity in record["objects"]], dtype=np.float64).reshape(
-        -1, 4
+def _annotation(record: dict[str, Any]) -> Annotation:
+    entities, relations = record["objects"], record["relations"]
+    rows = [(row["subject"], row["object"], row["predicate"]) for row in relations]
+    return Annotation(
+        np.array([entity["bbox"] for entity in entities], dtype=np.float64).reshape(-1, 4),
+        np.array([entity["label"] for entity in entities], dtype=np.int64),
+        np.array(rows, dtype=np.int64).reshape(-1, 3),
     )
 
 
-def _relations(record: dict[str, Any]) -> np.ndarray:
-    rows = [(row["subject"], row["object"], row["predicate"]) for row in record["relations"]]
-    return np.array(rows, dtype=np.int64).reshape(-1, 3)
-
-
-def _size(record: dict[str, Any]) -> tuple[int, int]:
-    return record["height"], record["width"]
+def _coco_annotation(image_id: str, annotation: Annotation) -> dict[str, Any]:
+    sizes = annotation.boxes[:, 2:] - annotation.boxes[:, :2]
+    boxes_xywh = np.concatenate((annotation.boxes[:, :2], sizes), axis=1).tolist()
+    return {
+        "image_id": image_id,
+        "annotations": [
+            {"bbox": box, "category_id": label, "area": box[2] * box[3], "iscrowd": 0}
+            for box, label in zip(boxes_xywh, annotation.labels.tolist(), strict=True)
+        ],
+        "relations": annotation.relations.tolist(),
+    }
 
 
 def _check_index(record: dict[str, Any], field: str, value: int, count: int) -> None:
     if not 0 <= value < count:
         raise ValueError(
             f"Image {record['image_id']}: `{field}` must be from 0 to {count - 1}, got {value}; "
+            "correct or drop the annotation."
+        )
+
+
+def _check_box(record: dict[str, Any], box: Sequence[float]) -> None:
+    x1, y1, x2, y2 = box
+    width = min(x2, record["width"]) - max(x1, 0)
+    height = min(y2, record["height"]) - max(y1, 0)
+    # Written so that a number that is not a number fails too.
+    if not (width > 0 and height > 0):
+        raise ValueError(
+            f"Image {record['image_id']}: `objects.bbox` must be x1, y1, x2, y2 with an area "
+            f"inside the image of {record['width']} x {record['height']} pixels, got {list(box)}; "
             "correct or drop the annotation."
         )

@@ -26,7 +26,7 @@ def run_recipe(description: str | None, task: Literal["detection", "scene_graph"
                 f"`task` of {options.recipe} is {recipe.task!r}, this trains {task!r}."
             )
         Trainer(recipe).run()
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, ArithmeticError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt as interruption:
         sys.exit(str(interruption))

@@ -1,17 +1,14 @@
 """The training loop, the same for detection and scene graphs, on one process or many."""
 
+import dataclasses
 import json
 import logging
-import platform
-import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-import transformers
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch import Tensor, nn
@@ -20,19 +17,23 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from .._version import __version__
-from ..data.training_dataset import Collator, seed_torch_worker
+from ..data.training_dataset import Collator, limit_worker_threads
 from ..metrics.frequency_baseline import FrequencyBaseline
 from ..visualization.training_curves import draw_training_curves
-from .checkpoints import Progress, find_checkpoint, save_checkpoint
+from .checkpoints import Progress, find_checkpoint, save_checkpoint, save_model
 from .evaluation import Evaluator, evaluate
+from .interruption import Interruption
 from .optimization import make_optimizer, make_schedule
 from .recipe import Recipe
-from .run_log import RunLog
+from .run_log import LossMeter, RunLog
+from .run_record import describe_run
 from .setup_run import make_image_processor, make_model, make_splits
 
 
 logger = logging.getLogger(__name__)
+
+# The figure by which the best model is kept. F is the harmonic mean of R and mR.
+BEST_FIGURE = {"detection": "AP", "scene_graph": "F@50"}
 
 
 class Trainer:
@@ -59,16 +60,18 @@ class Trainer:
         # Each process draws its own noise, the weights start the same (DDP broadcasts them).
         set_seed(self.settings.seed, device_specific=True)
         self.output_dir = Path(self.settings.output_dir)
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        self.log = RunLog(self.output_dir / "log.jsonl", enabled=self.accelerator.is_main_process)
+        self.checkpoint = find_checkpoint(self.output_dir, self.settings.resume)
         self.splits = make_splits(recipe.data, self.settings.seed)
         self.image_processor = make_image_processor(recipe)
         self.progress = Progress()
+        self.meter = LossMeter()
         self._prepare()
+        self.baseline = self._fit_baseline()
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self.log = RunLog(self.output_dir / "log.jsonl", enabled=self.accelerator.is_main_process)
 
     def _prepare(self) -> None:
-        names = (self.splits.train.id2label, self.splits.train.id2predicate)
-        model = make_model(self.recipe, *names)
+        model = make_model(self.recipe, self.splits.train.id2label, self.splits.train.id2predicate)
         if self.settings.gradient_checkpointing:
             model.activation_checkpointing_enable()
         self.average: AveragedModel | None = None
@@ -80,14 +83,26 @@ class Trainer:
         optimizer = make_optimizer(model, self.settings)
         loader = self._loader(self.splits.train, shuffle=True)
         self.model, self.optimizer, self.loader = self.accelerator.prepare(model, optimizer, loader)
-        updates_per_epoch = -(-len(self.loader) // self.settings.gradient_accumulation_steps)
-        self.num_updates = updates_per_epoch * self.settings.epochs
+        if len(self.loader) == 0:
+            raise ValueError(
+                f"The training split has {len(self.splits.train)} images, too few for a batch of "
+                f"{self.settings.batch_size} on each of {self.accelerator.num_processes} "
+                "processes; lower `training.batch_size`."
+            )
+        self.updates_per_epoch = -(-len(self.loader) // self.settings.gradient_accumulation_steps)
+        self.num_updates = self.settings.max_steps or self.updates_per_epoch * (
+            self.settings.epochs or 0
+        )
         # Not prepared: accelerate would advance it once a process.
         self.schedule = make_schedule(self.optimizer.optimizer, self.settings, self.num_updates)
         self.accelerator.register_for_checkpointing(self.schedule, self.progress)
-        self.baseline: FrequencyBaseline | None = None
-        if self.recipe.task == "scene_graph":
-            self.baseline = FrequencyBaseline(*map(len, names)).fit(self.splits.train.references())
+
+    def _fit_baseline(self) -> FrequencyBaseline | None:
+        if self.recipe.task == "detection":
+            return None
+        train = self.splits.train
+        baseline = FrequencyBaseline(len(train.id2label), len(train.id2predicate))
+        return baseline.fit(train.references())
 
     def _loader(self, dataset: Any, *, shuffle: bool) -> DataLoader[Any]:
         return DataLoader(
@@ -97,7 +112,10 @@ class Trainer:
             drop_last=shuffle,
             num_workers=self.recipe.data.num_workers,
             collate_fn=Collator(self.image_processor),
-            worker_init_fn=seed_torch_worker,
+            worker_init_fn=limit_worker_threads,
+            # Its own, or each start of a loader would draw from the generator of the noise, and
+            # a resumed run, which starts one more, would go on with other noise.
+            generator=torch.Generator().manual_seed(self.settings.seed),
         )
 
     def run(self) -> dict[str, Any]:
@@ -106,93 +124,118 @@ class Trainer:
         SIGTERM or Ctrl-C saves a checkpoint, from which the same command goes on.
 
         Raises:
-            ValueError: If the loss is not finite.
+            FloatingPointError: If loss or gradient is not finite.
+            KeyboardInterrupt: After a signal, once the checkpoint is saved.
         """
-        checkpoint = find_checkpoint(self.output_dir, self.settings.resume)
-        if checkpoint is not None:
-            self.accelerator.load_state(str(checkpoint))
-            logger.info("Resumed from %s at update %d.", checkpoint, self.progress.updates)
+        self._begin()
         figures: dict[str, Any] = {}
-        with _Interruption() as interruption:
-            while self.progress.epoch < self.settings.epochs:
-                self._train_epoch(interruption)
-                if interruption.requested:
+        with Interruption(self.accelerator) as interruption:
+            if self.progress.updates and self._is_due(self.settings.evaluate_every):
+                # The checkpoint was saved before the evaluation, which may not have ended.
+                figures = self._evaluate()
+            for _ in self._updates():
+                if interruption.is_requested():
                     self._save_checkpoint()
                     raise KeyboardInterrupt(
                         f"Stopped after update {self.progress.updates}; the same command resumes."
                     )
-                epoch, is_last = self.progress.epoch, self.progress.epoch == self.settings.epochs
-                if is_last or epoch % self.settings.checkpoint_every == 0:
+                if self._is_due(self.settings.checkpoint_every):
                     self._save_checkpoint()
-                if is_last or epoch % self.settings.evaluate_every == 0:
+                if self._is_due(self.settings.evaluate_every):
                     figures = self._evaluate()
-        if not figures:
-            figures = self._evaluate()
-        self._save_final(figures)
+        self._finish(figures)
         return figures
 
-    def _train_epoch(self, interruption: "_Interruption") -> None:
-        self.model.train()
-        self.splits.train.epoch = self.progress.epoch
-        for batch in self._batches():
-            started = time.monotonic()
-            with self.accelerator.accumulate(self.model):
-                outputs = self.model(
-                    batch["pixel_values"], batch.get("pixel_mask"), labels=batch["labels"]
-                )
-                self._check_loss(outputs.loss, outputs.loss_dict)
-                self.accelerator.backward(outputs.loss)
-                if self.accelerator.sync_gradients and self.settings.gradient_clip_norm > 0:
-                    self.accelerator.clip_grad_norm_(
-                        self.model.parameters(), self.settings.gradient_clip_norm
-                    )
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-            self.progress.batches += 1
-            if self.accelerator.sync_gradients:
-                self._after_update(outputs.loss, outputs.loss_dict)
-            self.progress.seconds += time.monotonic() - started
-            if interruption.requested:
-                return
-        self.progress.epoch += 1
-        self.progress.batches = 0
+    def _begin(self) -> None:
+        if self.checkpoint is not None:
+            self.accelerator.load_state(str(self.checkpoint))
+            logger.info("Resumed from %s.", self.checkpoint)
+        self.log.rewind(self.progress.updates, self.progress.seconds)
+        if self.accelerator.is_main_process:
+            recipe = yaml.safe_dump(dataclasses.asdict(self.recipe), sort_keys=False)
+            (self.output_dir / "recipe.yaml").write_text(recipe)
+
+    def _is_due(self, epochs: float) -> bool:
+        """Tell whether something done every so many epochs is due after this update."""
+        interval = max(round(epochs * self.updates_per_epoch), 1)
+        return self.progress.updates % interval == 0 or self.progress.updates == self.num_updates
+
+    def _updates(self) -> Iterator[None]:
+        """Train, and give way after each update."""
+        progress = self.progress
+        while progress.updates < self.num_updates:
+            self.splits.train.epoch = progress.epoch
+            for batch in self._batches():
+                self._step(batch)
+                progress.batches += 1
+                if not self.accelerator.sync_gradients:
+                    continue
+                progress.updates += 1
+                if progress.batches == len(self.loader):
+                    progress.epoch, progress.batches = progress.epoch + 1, 0
+                self._after_update()
+                yield
+                self.meter.start_clock()
+                if progress.updates == self.num_updates:
+                    break
 
     def _batches(self) -> Iterator[dict[str, Any]]:
         """The batches of the epoch that are still to come."""
         self.loader.set_epoch(self.progress.epoch)
-        loader = self.loader
-        if self.progress.batches:
-            loader = self.accelerator.skip_first_batches(loader, self.progress.batches)
+        loader, done = self.loader, self.progress.batches
+        if done:
+            loader = self.accelerator.skip_first_batches(loader, done)
         yield from tqdm(
             loader,
-            initial=self.progress.batches,
+            initial=done,
             total=len(self.loader),
-            desc=f"epoch {self.progress.epoch + 1}/{self.settings.epochs}",
+            desc=f"epoch {self.progress.epoch + 1}",
             disable=not self.accelerator.is_local_main_process,
         )
 
-    def _after_update(self, loss: Tensor, losses: dict[str, Tensor]) -> None:
+    def _step(self, batch: dict[str, Any]) -> None:
+        self.model.train()
+        with self.accelerator.accumulate(self.model):
+            outputs = self.model(
+                batch["pixel_values"], batch.get("pixel_mask"), labels=batch["labels"]
+            )
+            losses = {"loss": outputs.loss, **outputs.loss_dict}
+            self._check_finite(outputs.loss, losses)
+            self.accelerator.backward(outputs.loss)
+            if self.accelerator.sync_gradients:
+                limit = self.settings.gradient_clip_norm or float("inf")
+                losses["gradient_norm"] = self.accelerator.clip_grad_norm_(
+                    self.model.parameters(), limit
+                )
+                self._check_finite(losses["gradient_norm"], losses)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self.meter.add(losses, len(batch["labels"]))
+
+    def _after_update(self) -> None:
         rate = self.schedule.get_last_lr()[-1]
         self.schedule.step()
         if self.average is not None:
             self.average.update_parameters(self.accelerator.unwrap_model(self.model))
-        self.progress.updates += 1
         if self.progress.updates % self.settings.log_every == 0:
-            epoch = self.progress.epoch + self.progress.batches / len(self.loader)
-            values = {"loss": loss.item(), "learning_rate": rate}
-            values |= {name: value.item() for name, value in losses.items()}
-            self.log.write("train", self.progress.updates, epoch, values)
+            values = {**self.meter.summarize(), "learning_rate": rate}
+            self.log.write("train", self.progress.updates, self._epoch(), values)
 
-    def _check_loss(self, loss: Tensor, losses: dict[str, Tensor]) -> None:
-        if not torch.isfinite(loss):
-            entries = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
-            raise ValueError(
-                f"The loss is {loss.item()} after update {self.progress.updates} ({entries}). "
+    def _epoch(self) -> float:
+        return self.progress.epoch + self.progress.batches / len(self.loader)
+
+    def _check_finite(self, value: Tensor, losses: dict[str, Tensor]) -> None:
+        """Stop before weights, moments and checkpoints are spoilt."""
+        if not torch.isfinite(value):
+            entries = ", ".join(f"{name} {loss.item():.3g}" for name, loss in losses.items())
+            raise FloatingPointError(
+                f"Loss or gradient is not finite after update {self.progress.updates} ({entries}). "
                 "Lower `training.learning_rate` or `training.gradient_clip_norm`, check the data, "
                 "or use `training.mixed_precision=no`; the last checkpoint is as it was."
             )
 
     def _evaluated_model(self) -> PreTrainedModel:
+        """The moving average where there is one: it is evaluated and saved."""
         model = self.accelerator.unwrap_model(self.model)
         return model if self.average is None else _unwrap(self.average)
 
@@ -209,14 +252,24 @@ class Trainer:
         evaluate(self._evaluated_model(), loader, evaluator)
         evaluator.gather()
         figures = evaluator.compute()
-        flat = {name: value for name, value in figures.items() if name != "details"}
-        self.log.write("validation", self.progress.updates, float(self.progress.epoch), flat)
         if self.accelerator.is_main_process:
-            logger.info("Epoch %d: %s", self.progress.epoch, flat)
+            flat = {name: value for name, value in figures.items() if name != "details"}
+            self.log.write("validation", self.progress.updates, self._epoch(), flat)
+            logger.info("Update %d: %s", self.progress.updates, flat)
             draw_training_curves(self.log.path, self.output_dir / "curves.png")
+        self._keep_best(figures[BEST_FIGURE[self.recipe.task]])
         return figures
 
+    def _keep_best(self, figure: float | None) -> None:
+        best = self.progress.best
+        if figure is None or (best is not None and figure <= best):
+            return
+        self.progress.best = figure
+        if self.accelerator.is_main_process:
+            save_model(self._evaluated_model(), self.image_processor, self.output_dir / "best")
+
     def _save_checkpoint(self) -> None:
+        self.progress.seconds = self.log.seconds
         save_checkpoint(
             self.accelerator,
             self.output_dir,
@@ -224,51 +277,21 @@ class Trainer:
             self.settings.keep_checkpoints,
         )
 
-    def _save_final(self, figures: dict[str, Any]) -> None:
+    def _finish(self, figures: dict[str, Any]) -> None:
         """Write the model as safetensors, its image processor, and how it came about."""
         self.accelerator.wait_for_everyone()
         if not self.accelerator.is_main_process:
             return
-        final = self.output_dir / "final"
-        self._evaluated_model().save_pretrained(final)
-        self.image_processor.save_pretrained(final)
-        images = self.progress.updates * self.settings.gradient_accumulation_steps
-        images *= self.settings.batch_size * self.accelerator.num_processes
+        save_model(self._evaluated_model(), self.image_processor, self.output_dir / "final")
+        batch_size = self.settings.batch_size * self.settings.gradient_accumulation_steps
         record = {
             "figures": figures,
-            "images_seen": images,
-            "training_minutes": round(self.progress.seconds / 60, 1),
-            "seed": self.settings.seed,
-            "processes": self.accelerator.num_processes,
-            "threads": torch.get_num_threads(),
-            "processor": platform.processor() or platform.machine(),
-            "versions": {
-                "sgtr_hf": __version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
+            "updates": self.progress.updates,
+            "images_seen": self.progress.updates * batch_size * self.accelerator.num_processes,
+            "training_minutes": round(self.log.seconds / 60, 1),
+            **describe_run(self.recipe, self.accelerator.num_processes),
         }
         (self.output_dir / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-
-
-class _Interruption:
-    """Notes SIGTERM and Ctrl-C, so that the running step can finish."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Interruption":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._request)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _request(self, _number: int, _frame: FrameType | None) -> None:
-        self.requested = True
 
 
 def _unwrap(average: AveragedModel) -> PreTrainedModel:

@@ -1,6 +1,7 @@
 """Recipes: a whole training run in one YAML file."""
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ class DataSettings:
         flip_probability: Share of training images that are mirrored.
         flip_swaps: Pairs of predicates that change places in the mirror.
         brightness: Largest relative change of brightness and of contrast.
+        least_crop: Least side of a random crop as a share of the image's; 1 does not crop.
         num_workers: Processes that read images.
     """
 
@@ -27,11 +29,14 @@ class DataSettings:
     flip_probability: float = 0.5
     flip_swaps: list[list[str]] = field(default_factory=list)
     brightness: float = 0.0
+    least_crop: float = 1.0
     num_workers: int = 1
 
     def __post_init__(self) -> None:
         _check_range("data.flip_probability", self.flip_probability, 0, 1)
         _check_range("data.brightness", self.brightness, 0, 1)
+        # Smaller crops show single objects at best.
+        _check_range("data.least_crop", self.least_crop, 0.1, 1)
         _check_range("data.num_workers", self.num_workers, 0)
 
 
@@ -41,7 +46,8 @@ class TrainingSettings:
 
     Args:
         output_dir: Folder of log, curve, checkpoints and the final model.
-        epochs: Passes over the training split.
+        epochs: Passes over the training split; or give `max_steps`.
+        max_steps: Updates of the whole run.
         seed: Of weights, order, augmentation and denoising.
         batch_size: Images a process and step.
         gradient_accumulation_steps: Steps whose gradients are added before an update.
@@ -52,18 +58,20 @@ class TrainingSettings:
         schedule: How they fall: "cosine" to 0, "step" by 10 after 80 % of the run, or not at all.
         gradient_clip_norm: Largest norm of all gradients together; 0 does not clip.
         ema_decay: Decay of the moving average of weights that is evaluated and saved; 0 for none.
-        mixed_precision: "bf16" computes products in bfloat16.
+        mixed_precision: "bf16" computes products in bfloat16, which pays on processors with units
+            for it.
         gradient_checkpointing: Trade time for memory.
         num_threads: Threads of torch; its own choice if null.
-        evaluate_every: Epochs between evaluations.
-        checkpoint_every: Epochs between checkpoints.
-        keep_checkpoints: Checkpoints that stay.
+        evaluate_every: Epochs between evaluations; 0.25 evaluates four times an epoch.
+        checkpoint_every: Epochs between checkpoints, likewise.
+        keep_checkpoints: Checkpoints that stay, besides the best model.
         resume: "auto" goes on from the newest checkpoint in `output_dir`; or its path; or null.
         log_every: Updates between lines of the log.
     """
 
     output_dir: str
-    epochs: int
+    epochs: int | None = None
+    max_steps: int | None = None
     seed: int = 0
     batch_size: int = 16
     gradient_accumulation_steps: int = 1
@@ -74,24 +82,33 @@ class TrainingSettings:
     schedule: Literal["cosine", "step", "constant"] = "cosine"
     gradient_clip_norm: float = 0.1
     ema_decay: float = 0.0
-    mixed_precision: Literal["no", "bf16"] = "bf16"
+    mixed_precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
     num_threads: int | None = None
-    evaluate_every: int = 1
-    checkpoint_every: int = 1
+    evaluate_every: float = 1.0
+    checkpoint_every: float = 1.0
     keep_checkpoints: int = 2
     resume: str | None = "auto"
     log_every: int = 20
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "gradient_accumulation_steps", "evaluate_every"):
+        if (self.epochs is None) == (self.max_steps is None):
+            raise ValueError(
+                "Give either `training.epochs` or `training.max_steps`, the other null; got "
+                f"{self.epochs} and {self.max_steps}."
+            )
+        for name in ("epochs", "max_steps", "num_threads", "batch_size", "log_every"):
+            if getattr(self, name) is not None:
+                _check_range(f"training.{name}", getattr(self, name), 1)
+        for name in ("gradient_accumulation_steps", "keep_checkpoints"):
             _check_range(f"training.{name}", getattr(self, name), 1)
-        for name in ("checkpoint_every", "keep_checkpoints", "log_every"):
-            _check_range(f"training.{name}", getattr(self, name), 1)
+        for name in ("evaluate_every", "checkpoint_every"):
+            _check_positive(f"training.{name}", getattr(self, name))
         for name in ("learning_rate", "backbone_learning_rate", "weight_decay", "warmup_steps"):
             _check_range(f"training.{name}", getattr(self, name), 0)
         _check_range("training.gradient_clip_norm", self.gradient_clip_norm, 0)
-        _check_range("training.ema_decay", self.ema_decay, 0, 1)
+        # With 1 the average would never move.
+        _check_range("training.ema_decay", self.ema_decay, 0, 0.999999)
 
 
 @dataclass
@@ -105,7 +122,8 @@ class Recipe:
         model: Fields of the task's configuration; names of classes come from the data.
         image_processor: Arguments of `SgtrImageProcessor`.
         backbone_weights: Weights that the backbone starts from; null for random ones.
-        detector: Folder or Hub id of the detector that a scene graph model starts from.
+        detector: Folder or Hub id of the detector that a scene graph model starts from; its image
+            processor serves unless the recipe has one.
     """
 
     task: Literal["detection", "scene_graph"]
@@ -119,6 +137,19 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.detector is not None and self.task == "detection":
             raise ValueError("`detector` has no use with `task: detection`; remove it.")
+        if self.detector is not None and self.backbone_weights is not None:
+            raise ValueError(
+                "`backbone_weights` has no use with `detector`, which brings its own; remove one."
+            )
+        if self.detector is not None and "detector_config" in self.model:
+            raise ValueError(
+                "`model.detector_config` has no use with `detector`, which brings its own; remove "
+                "one."
+            )
+        if self.detector is None and self.model.get("freeze_detector"):
+            raise ValueError(
+                "`model.freeze_detector` needs `detector`: a random one would stay random."
+            )
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -134,7 +165,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"There is no recipe {path}; recipes are YAML files, see recipes/.")
-    entries = yaml.safe_load(path.read_text())
+    try:
+        entries = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"The recipe {path} is not YAML: {error}") from error
     if not isinstance(entries, dict):
         raise ValueError(f"The recipe {path} must hold sections, got {type(entries).__name__}.")
     for override in overrides:
@@ -149,10 +183,15 @@ def _apply_override(entries: dict[str, Any], override: str) -> None:
     *sections, last = name.split(".")
     target = entries
     for section in sections:
-        target = target.setdefault(section, {})
+        if target.get(section) is None:
+            target[section] = {}
+        target = target[section]
         if not isinstance(target, dict):
             raise ValueError(f"`{section}` in the override {override!r} is not a section.")
-    target[last] = yaml.safe_load(value)
+    try:
+        target[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"The value of the override {override!r} is not YAML: {error}") from error
 
 
 def _build(kind: type, entries: dict[str, Any], prefix: str) -> Any:
@@ -183,33 +222,53 @@ def _checked(hint: Any, value: Any, name: str) -> Any:
             raise ValueError(f"`{name}` must be a section with entries, got {value!r}.")
         return _build(hint, value, prefix=f"{name}.")
     if not _fits(hint, value):
-        raise ValueError(
-            f"`{name}` must be {_describe(hint)}, got {value!r}. (YAML reads 1e-4 as text; "
-            "write 1.0e-4.)"
-        )
+        remedy = " YAML reads 1e-4 as text; write 1.0e-4." if _looks_like_number(value) else ""
+        raise ValueError(f"`{name}` must be {_describe(hint)}, got {value!r}.{remedy}")
     return float(value) if hint is float else value
 
 
 def _fits(hint: Any, value: Any) -> bool:
     origin = typing.get_origin(hint)
-    if origin is Literal:
-        return value in typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(option, value) for option in typing.get_args(hint))
+    if origin in (typing.Union, types.UnionType, Literal):
+        return (
+            value in typing.get_args(hint)
+            if origin is Literal
+            else any(_fits(option, value) for option in typing.get_args(hint))
+        )
     if hint in (int, float):
         numbers = (int,) if hint is int else (int, float)
         # True is an int to Python, but not to the writer of a recipe.
         return isinstance(value, numbers) and not isinstance(value, bool)
-    return isinstance(value, origin or hint)
+    if not isinstance(value, origin or hint):
+        return False
+    # Mappings hold anything; they are checked where they are used.
+    return origin is not list or all(_fits(typing.get_args(hint)[0], item) for item in value)
 
 
 def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(repr, typing.get_args(hint)))
-    return getattr(hint, "__name__", str(hint))
+    if typing.get_origin(hint) is None:
+        return str(getattr(hint, "__name__", hint))
+    return str(hint).replace("NoneType", "null").replace("None", "null")
+
+
+def _looks_like_number(value: Any) -> bool:
+    if not isinstance(value, str):
+        return False
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"`{name}` must be a number above 0, got {value}.")
 
 
 def _check_range(name: str, value: float, low: float, high: float | None = None) -> None:
-    if value < low or (high is not None and value > high):
+    if not math.isfinite(value) or value < low or (high is not None and value > high):
         limits = f"at least {low}" if high is None else f"between {low} and {high}"
         raise ValueError(f"`{name}` must be {limits}, got {value}.")

@@ -1,12 +1,17 @@
 """Builds what a recipe describes: data, image processor and model."""
 
+import dataclasses
+import typing
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
-from transformers import AutoConfig, PreTrainedModel
+import torch
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..configuration.configuration_sgtr import SgtrConfig
 from ..configuration.configuration_sgtr_detr import SgtrDetrConfig
-from ..data.training_dataset import Augmentation, SceneGraphDataset, load_split, make_swaps
+from ..data.training_augmentation import Augmentation, make_swaps
+from ..data.training_dataset import SceneGraphDataset, load_split
 from ..image_processing.image_processing_sgtr import SgtrImageProcessor
 from ..modeling.modeling_sgtr import SgtrForSceneGraphGeneration
 from ..modeling.modeling_sgtr_detr import SgtrDetrForObjectDetection
@@ -22,21 +27,41 @@ class Splits(NamedTuple):
 
 
 def make_splits(settings: DataSettings, seed: int) -> Splits:
-    """Load both splits; training images are augmented."""
+    """Load both splits and check their annotations; training images are augmented.
+
+    Raises:
+        ValueError: If a split is missing, an annotation cannot be meant, or the splits have
+            different classes or predicates.
+    """
     train = SceneGraphDataset(load_split(settings.path, "train"))
+    validation = SceneGraphDataset(load_split(settings.path, "validation"))
+    for name in ("id2label", "id2predicate"):
+        if getattr(train, name) != getattr(validation, name):
+            raise ValueError(
+                f"The splits of `data.path` {settings.path} must share their vocabularies; the "
+                f"`{name}` of train and validation differ."
+            )
+    train.check()
+    validation.check()
     augmentation = Augmentation(
-        settings.flip_probability,
-        make_swaps(settings.flip_swaps, train.id2predicate),
-        settings.brightness,
+        flip_probability=settings.flip_probability,
+        flip_swaps=make_swaps(settings.flip_swaps, train.id2predicate),
+        brightness=settings.brightness,
+        least_crop=settings.least_crop,
     )
-    return Splits(
-        SceneGraphDataset(train.split, augmentation, seed),
-        SceneGraphDataset(load_split(settings.path, "validation")),
-    )
+    return Splits(SceneGraphDataset(train.split, augmentation, seed), validation)
 
 
 def make_image_processor(recipe: Recipe) -> SgtrImageProcessor:
-    """The recipe's image processor, which is saved beside the model."""
+    """The recipe's image processor, which is saved beside the model.
+
+    Raises:
+        ValueError: If it has no such setting.
+    """
+    if not recipe.image_processor and recipe.detector is not None:
+        return SgtrImageProcessor.from_pretrained(recipe.detector)
+    known = typing.get_type_hints(SgtrImageProcessor.valid_kwargs)
+    _check_names("image_processor", recipe.image_processor, known)
     return SgtrImageProcessor(**recipe.image_processor)
 
 
@@ -49,18 +74,19 @@ def make_model(
         ValueError: If the detector has other classes, or a field of the model is wrong.
     """
     if recipe.task == "detection":
-        config = SgtrDetrConfig(id2label=id2label, **_resolve_backbone(recipe.model))
+        config = _make_detector_config("model", recipe.model, id2label)
         detector = SgtrDetrForObjectDetection(config)
         _load_backbone_weights(recipe, detector)
         return detector
     if recipe.detector is None:
-        detector_fields = dict(recipe.model.get("detector_config") or {})
-        detector_config = SgtrDetrConfig(id2label=id2label, **_resolve_backbone(detector_fields))
+        fields = recipe.model.get("detector_config") or {}
+        detector_config = _make_detector_config("model.detector_config", fields, id2label)
         model = _make_scene_graph_model(recipe, detector_config, id2predicate)
         _load_backbone_weights(recipe, model.model.detector)
         return model
-    pretrained = SgtrDetrForObjectDetection.from_pretrained(recipe.detector)
-    if dict(pretrained.config.id2label) != id2label:
+    # Weights are trained in float32, whatever they were stored in.
+    pretrained = SgtrDetrForObjectDetection.from_pretrained(recipe.detector, dtype=torch.float32)
+    if pretrained.config.id2label != id2label:
         raise ValueError(
             f"`detector` {recipe.detector} knows the classes {pretrained.config.id2label}, the "
             f"data has {id2label}; train a detector on this data first."
@@ -74,11 +100,40 @@ def _make_scene_graph_model(
     recipe: Recipe, detector_config: SgtrDetrConfig, id2predicate: dict[int, str]
 ) -> SgtrForSceneGraphGeneration:
     fields = {name: value for name, value in recipe.model.items() if name != "detector_config"}
+    _check_fields("model", fields, SgtrConfig, given=("id2label", "id2predicate"))
     config = SgtrConfig(detector_config=detector_config, id2predicate=id2predicate, **fields)
     return SgtrForSceneGraphGeneration(config)
 
 
-def _resolve_backbone(fields: dict[str, Any]) -> dict[str, Any]:
+def _make_detector_config(
+    section: str, fields: dict[str, Any], id2label: dict[int, str]
+) -> SgtrDetrConfig:
+    _check_fields(section, fields, SgtrDetrConfig, given=("id2label",))
+    return SgtrDetrConfig(id2label=id2label, **_resolve_backbone(section, fields))
+
+
+def _check_fields(
+    section: str, fields: dict[str, Any], config: type[PreTrainedConfig], given: tuple[str, ...]
+) -> None:
+    """Reject what a configuration would keep without a word, and without an effect."""
+    for name in given:
+        if name in fields:
+            raise ValueError(f"`{section}.{name}` comes from the data; remove it.")
+    own = {field.name for field in dataclasses.fields(config)}
+    inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    _check_names(section, fields, own - inherited)
+
+
+def _check_names(section: str, entries: Collection[str], known: Collection[str]) -> None:
+    unknown = sorted(set(entries) - set(known))
+    if unknown:
+        raise ValueError(
+            f"The recipe has no entry `{section}.{unknown[0]}`; known are "
+            f"{', '.join(sorted(known))}."
+        )
+
+
+def _resolve_backbone(section: str, fields: dict[str, Any]) -> dict[str, Any]:
     """Make the configuration object of a backbone given as a mapping."""
     backbone = fields.get("backbone_config")
     if not isinstance(backbone, dict):
@@ -87,7 +142,8 @@ def _resolve_backbone(fields: dict[str, Any]) -> dict[str, Any]:
     model_type = entries.pop("model_type", None)
     if model_type is None:
         raise ValueError(
-            "`model.backbone_config` must name its `model_type`, as in timm_backbone or resnet."
+            f"`{section}.backbone_config` must name its `model_type`, as in timm_backbone or "
+            "resnet."
         )
     return fields | {"backbone_config": AutoConfig.for_model(model_type, **entries)}
 
