@@ -164,13 +164,10 @@ def _assemble(
     is_one_thing = (subject == object_) | (overlap >= SAME_ENTITY_IOU)
     score = torch.where(is_one_thing, -1.0, score)
     score, order = score.sort(dim=-1, descending=True, stable=True)
-    fields = (
-        subject,
-        object_,
-        predicate.repeat_interleave(links, dim=1),
-        query.repeat_interleave(links, dim=1),
+    predicate, query = (
+        field.repeat_interleave(links, dim=1).gather(1, order) for field in (predicate, query)
     )
-    return _Triplets(*(field.gather(1, order) for field in fields), score=score)
+    return _Triplets(subject.gather(1, order), object_.gather(1, order), predicate, query, score)
 
 
 def _boxes_of(entities: _Entities, indices: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ class SceneGraph:
         self._check_values()
 
     @classmethod
-    def empty(cls, image_size: tuple[int, int], **names: Mapping[int, str]) -> "SceneGraph":
+    def empty(cls, image_size: tuple[int, int], **names: Any) -> "SceneGraph":
         """Return a graph without entities; `names` are `id2label` and `id2predicate`."""
         return cls(
             np.zeros((0, 4), dtype=np.float32),
@@ -191,7 +191,7 @@ class SceneGraph:
                 ],
                 "relation_scores": [row["score"] for row in relations],
             }
-            names = {
+            names: dict[str, Any] = {
                 field: {int(index): name for index, name in graph[field].items()}
                 for field in ("id2label", "id2predicate")
                 if graph.get(field) is not None
@@ -257,7 +257,7 @@ class SceneGraph:
     def _convert(self, name: str, columns: int | None) -> int:
         """Make a field an array of its type that cannot be written to, and return its length."""
         kind = np.int64 if name in _INTEGER_ARRAYS else np.float32
-        array = np.array(getattr(self, name), dtype=kind)
+        array: NDArray[Any] = np.array(getattr(self, name), dtype=kind)
         if columns is not None and array.size == 0:
             array = array.reshape(-1, columns)
         if array.ndim != (1 if columns is None else 2) or (columns and array.shape[1] != columns):
@@ -272,7 +272,7 @@ class SceneGraph:
     def _convert_optional(self, name: str, kind: type, length: int) -> None:
         if getattr(self, name) is None:
             return
-        array = np.array(getattr(self, name), dtype=kind)
+        array: NDArray[Any] = np.array(getattr(self, name), dtype=kind)
         if len(array) != length:
             raise ValueError(f"`{name}` must have {length} rows, got {len(array)}.")
         array.flags.writeable = False

@@ -1,6 +1,6 @@
 """Configuration of the scene graph model."""
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -122,17 +122,20 @@ class SgtrConfig(PreTrainedConfig):
         self.id2predicate = {int(key): name for key, name in self.id2predicate.items()}
         names_are_given = self.id2label is not None or kwargs.get("num_labels") is not None
         super().__post_init__(**kwargs)
-        source, target = (
-            (self, self.detector_config) if names_are_given else (self.detector_config, self)
-        )
+        source, target = (self, self.detector) if names_are_given else (self.detector, self)
         target.id2label = dict(source.id2label)
         for config in (source, target):
             config.label2id = {name: index for index, name in config.id2label.items()}
 
     @property
+    def detector(self) -> SgtrDetrConfig:
+        """The detector's configuration, which is an object once this one is made."""
+        return cast(SgtrDetrConfig, self.detector_config)
+
+    @property
     def d_model(self) -> int:
         """Width, which is the detector's."""
-        return int(self.detector_config.d_model)
+        return self.detector.d_model
 
     @property
     def num_predicates(self) -> int:

@@ -134,7 +134,7 @@ def load_split(path: str | Path, split: str) -> datasets.Dataset:
     """
     try:
         loaded = datasets.load_dataset(str(path), split=split)
-    except (FileNotFoundError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
         raise ValueError(
             f"`data.path` {path} has no readable split {split!r} ({error}). Make tabletop data "
             "with `sgtr-hf make-tabletop`."

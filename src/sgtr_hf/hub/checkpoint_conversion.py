@@ -7,7 +7,7 @@ never loses a weight in silence.
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -121,7 +121,7 @@ class ConvertedCheckpoint(NamedTuple):
 
 
 def convert_detr_checkpoint(
-    state_dict: Mapping[str, Tensor], id2label: dict[int, str] | None = None
+    state_dict: Mapping[str, Any], id2label: dict[int, str] | None = None
 ) -> ConvertedCheckpoint:
     """Convert a DETR checkpoint of facebookresearch/detr (ResNet, no dilation, no masks).
 
@@ -143,7 +143,7 @@ def convert_detr_checkpoint(
 
 
 def convert_sgtr_checkpoint(
-    state_dict: Mapping[str, Tensor],
+    state_dict: Mapping[str, Any],
     id2label: dict[int, str] | None = None,
     id2predicate: dict[int, str] | None = None,
 ) -> ConvertedCheckpoint:
@@ -199,7 +199,7 @@ def convert_sgtr_checkpoint(
 
 
 def _prepare(
-    state_dict: Mapping[str, Tensor], aliases: Rules, unused: re.Pattern[str]
+    state_dict: Mapping[str, Any], aliases: Rules, unused: re.Pattern[str]
 ) -> dict[str, Tensor]:
     """Unwrap the file, merge aliases, drop what has no use."""
     entries = state_dict.get("model", state_dict)
@@ -283,7 +283,7 @@ def _resnet_config(
     return ResNetConfig(depths=depths, layer_type="bottleneck", out_features=["stage4"])
 
 
-def _detector_sizes(weights: Mapping[str, Tensor]) -> dict[str, int]:
+def _detector_sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     return {
         "d_model": weights["query_embed.weight"].shape[1],
         "num_queries": weights["query_embed.weight"].shape[0],
@@ -293,9 +293,7 @@ def _detector_sizes(weights: Mapping[str, Tensor]) -> dict[str, int]:
     }
 
 
-def _label_names(
-    weights: Mapping[str, Tensor], id2label: dict[int, str] | None
-) -> dict[str, dict[int, str]]:
+def _label_names(weights: Mapping[str, Tensor], id2label: dict[int, str] | None) -> dict[str, Any]:
     # The last class of the original head is no-object.
     num_labels = weights["class_embed.weight"].shape[0] - 1
     if id2label is not None and len(id2label) != num_labels:

@@ -32,7 +32,7 @@ _WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 _CHANNELS = (1, 3, 4)
 
 
-class SgtrImageProcessorKwargs(ImagesKwargs, total=False):
+class SgtrImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """Settings beyond those of all image processors.
 
     channel_order (`Literal["rgb", "bgr"]`):

@@ -90,8 +90,7 @@ class DetectionAccuracy:
             "AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100",
             "AR_small", "AR_medium", "AR_large": means over classes, 0 to 1; "per_class": {class:
             AP} of the annotated classes; and the counts "num_images", "num_annotated",
-            "num_detected".
-            A metric without any annotated entity (of that size) is NaN.
+            "num_detected". A metric without any annotated entity (of that size) is NaN.
 
         Raises:
             ImportError: If faster-coco-eval is not installed.
@@ -121,11 +120,15 @@ FIRST_COORDINATE = 3
 
 def _table(entities: Detections, image: int, *, with_scores: bool) -> AnyArray:
     """Write the entities of one image as rows of seven numbers."""
+    boxes: AnyArray
+    scores: AnyArray
     if isinstance(entities, SceneGraph):
         boxes, labels, scores = entities.boxes_xyxy, entities.labels, entities.scores
     else:
         boxes, labels = _to_numpy(entities["boxes"]), _to_numpy(entities["labels"])
-        scores = _to_numpy(entities["scores"]) if with_scores else np.ones(len(labels))
+        scores = np.ones(len(labels))
+        if with_scores:
+            scores = _to_numpy(entities["scores"])
     table = np.empty((len(labels), NUM_COLUMNS))
     table[:, IMAGE] = image
     table[:, LABEL] = labels

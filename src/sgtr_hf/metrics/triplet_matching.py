@@ -124,7 +124,7 @@ def reachable_triplets(
         ValueError: If `iou_threshold` is not in (0, 1] or the graphs are of images of other sizes.
     """
     alike = entity_agreement(entities, reference, iou_threshold, add_one_pixel=add_one_pixel)
-    is_detected: BoolArray = alike.any(axis=0)
+    is_detected = np.asarray(alike.any(axis=0))
     return is_detected[reference.relations[:, 0]] & is_detected[reference.relations[:, 1]]
 
 

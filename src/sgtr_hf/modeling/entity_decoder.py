@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.utils import ModelOutput
 
 from ..configuration.configuration_sgtr_detr import SgtrDetrConfig
 from .position_embedding import box_sine_embedding, centre_sine_embedding
@@ -15,17 +14,17 @@ from .transformer_layers import DecoderLayer
 
 
 @dataclass
-class ImageMemory(ModelOutput):
+class ImageMemory:
     """An encoded image; S is the number of cells of all feature levels."""
 
-    features: Tensor | None = None
+    features: Tensor
     """(B, S, d_model)."""
-    position: Tensor | None = None
+    position: Tensor
     """(B, S, d_model) sine embeddings."""
+    cells: Tensor
+    """(B, S, 4) a box on each cell, cxcywh; larger on coarser levels."""
     padding_mask: Tensor | None = None
     """(B, S) bool, True where the image is; None when nothing is padded."""
-    cells: Tensor | None = None
-    """(B, S, 4) a box on each cell, cxcywh; larger on coarser levels."""
 
 
 class _Decoder(nn.Module):

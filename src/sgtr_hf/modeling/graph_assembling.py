@@ -35,7 +35,7 @@ def assembling_scores(
     centres, indicator_probabilities, indicator_boxes = indicator
     entity_probabilities, entity_boxes = entity
     exponent = config.assembling_exponent
-    offset = config.detector_config.legacy_box_offset
+    offset = config.detector.legacy_box_offset
     nearness = _nearness(config, centres, entity_boxes[..., :2] + offset / 2, image_sizes)
     confidence = entity_probabilities.amax(dim=-1).pow(exponent)[:, None]
     likeness = torch.matmul(

@@ -46,12 +46,13 @@ class SgtrModelOutput(ModelOutput):
         detector: Output of the detector's base model.
     """
 
-    entity_states: Tensor | None = None
-    entity_boxes: Tensor | None = None
-    predicate_states: Tensor | None = None
-    subject_states: Tensor | None = None
-    object_states: Tensor | None = None
-    detector: SgtrDetrModelOutput | None = None
+    # Always there, but transformers wants a default for every output.
+    entity_states: Tensor = None  # type: ignore[assignment]
+    entity_boxes: Tensor = None  # type: ignore[assignment]
+    predicate_states: Tensor = None  # type: ignore[assignment]
+    subject_states: Tensor = None  # type: ignore[assignment]
+    object_states: Tensor = None  # type: ignore[assignment]
+    detector: SgtrDetrModelOutput = None  # type: ignore[assignment]
 
 
 @dataclass
@@ -117,7 +118,7 @@ class SgtrModel(SgtrPreTrainedModel):
 
     def __init__(self, config: SgtrConfig) -> None:
         super().__init__(config)
-        self.detector = SgtrDetrForObjectDetection(config.detector_config)
+        self.detector = SgtrDetrForObjectDetection(config.detector)
         self.predicate_node_generator = PredicateNodeGenerator(config)
         self.post_init()
         if config.freeze_detector:
@@ -172,7 +173,7 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
     def __init__(self, config: SgtrConfig) -> None:
         super().__init__(config)
         self.model = SgtrModel(config)
-        width, detector = config.d_model, config.detector_config
+        width, detector = config.d_model, config.detector
         entities_are_focal = detector.classification == "focal"
         entity_columns = config.num_labels + (not entities_are_focal)
         predicates_are_focal = config.predicate_classification == "focal"
@@ -251,7 +252,7 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
         subject_boxes = self.subject_box_head(subject).sigmoid()
         object_logits = self.object_class_head(object_)
         object_boxes = self.object_box_head(object_).sigmoid()
-        classification = self.config.detector_config.classification
+        classification = self.config.detector.classification
         entity = (
             entity_probabilities(entities.logits[-1], classification),
             entities.boxes[-1],
@@ -295,7 +296,7 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
         detector = self.model.detector
         problems = detector.matching_problems(nodes.detector, entities, annotations)
         if self.config.legacy_triplet_matching:
-            entity_matches = assign_all(*problems)
+            entity_matches = list(assign_all(*problems))
             matches = match_triplets(self.config, triplets, *entity_nodes, annotations)
         else:
             triplet_problem = AssignmentProblem(
@@ -317,9 +318,7 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
         return SgtrSceneGraphOutput(
             logits=logits,
             pred_boxes=entities.boxes[-1],
-            entity_probabilities=entity_probabilities(
-                logits, self.config.detector_config.classification
-            ),
+            entity_probabilities=entity_probabilities(logits, self.config.detector.classification),
             predicate_probabilities=predicate_probabilities(
                 last.predicate_logits, self.config.predicate_classification
             ),

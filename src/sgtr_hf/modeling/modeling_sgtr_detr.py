@@ -57,8 +57,9 @@ class SgtrDetrModelOutput(ModelOutput):
         memory: The encoded image.
     """
 
-    last_hidden_state: Tensor | None = None
-    pred_boxes: Tensor | None = None
+    # Always there, but transformers wants a default for every output.
+    last_hidden_state: Tensor = None  # type: ignore[assignment]
+    pred_boxes: Tensor = None  # type: ignore[assignment]
     intermediate_hidden_states: Tensor | None = None
     intermediate_boxes: Tensor | None = None
     denoising_hidden_states: Tensor | None = None
@@ -66,7 +67,7 @@ class SgtrDetrModelOutput(ModelOutput):
     denoising_entity_indices: Tensor | None = None
     proposal_logits: Tensor | None = None
     proposal_boxes: Tensor | None = None
-    memory: ImageMemory | None = None
+    memory: ImageMemory = None  # type: ignore[assignment]
 
 
 @dataclass
@@ -248,8 +249,9 @@ class SgtrDetrModel(SgtrDetrPreTrainedModel):
             positions.append(position)
             masks.append(mask.flatten(1))
             cells.append(grid_boxes(mask, CELL_SIZE * 2**level))
-        memory = ImageMemory(features=torch.cat(features, dim=1), position=torch.cat(positions, 1))
-        memory.cells = torch.cat(cells, dim=1)
+        memory = ImageMemory(
+            torch.cat(features, dim=1), torch.cat(positions, dim=1), torch.cat(cells, dim=1)
+        )
         if pixel_mask is not None:
             memory.padding_mask = torch.cat(masks, dim=1)
         memory.features = self._run_encoder(memory, **kwargs)
@@ -351,15 +353,14 @@ class SgtrDetrForObjectDetection(SgtrDetrPreTrainedModel):
 
     def read_levels(self, model_output: SgtrDetrModelOutput) -> EntityLevels:
         """Read classes and boxes off the queries, of all levels if the decoder returned them."""
-        if model_output.intermediate_hidden_states is None:
-            return EntityLevels(
-                logits=self.class_head(model_output.last_hidden_state)[None],
-                boxes=model_output.pred_boxes[None],
-            )
-        return EntityLevels(
-            logits=self.class_head(model_output.intermediate_hidden_states),
-            boxes=model_output.intermediate_boxes,
+        hidden_states, boxes = (
+            model_output.intermediate_hidden_states,
+            model_output.intermediate_boxes,
         )
+        if hidden_states is None or boxes is None:
+            hidden_states = model_output.last_hidden_state[None]
+            boxes = model_output.pred_boxes[None]
+        return EntityLevels(self.class_head(hidden_states), boxes)
 
     def summarize(
         self, model_output: SgtrDetrModelOutput, levels: EntityLevels
@@ -389,9 +390,7 @@ class SgtrDetrForObjectDetection(SgtrDetrPreTrainedModel):
         annotations: PaddedAnnotations,
     ) -> list[AssignmentProblem]:
         """What must be matched: the queries of all levels and, with query selection, the cells."""
-        predictions = [levels]
-        if model_output.proposal_logits is not None:
-            predictions.append(_proposals(model_output))
+        predictions = [levels, *_proposals(model_output)]
         return [
             AssignmentProblem(
                 entity_matching_costs(self.config, logits, boxes, annotations), annotations.valid
@@ -422,16 +421,15 @@ class SgtrDetrForObjectDetection(SgtrDetrPreTrainedModel):
             annotations,
             matches[0][first:],
         )
-        if model_output.denoising_hidden_states is not None:
-            losses |= denoising_losses(
-                self.config,
-                self.class_head(model_output.denoising_hidden_states)[first:],
-                model_output.denoising_boxes[first:],
-                annotations,
-                model_output.denoising_entity_indices,
-            )
-        if model_output.proposal_logits is not None:
-            proposals = _proposals(model_output)
+        hidden_states, boxes, indices = (
+            model_output.denoising_hidden_states,
+            model_output.denoising_boxes,
+            model_output.denoising_entity_indices,
+        )
+        if hidden_states is not None and boxes is not None and indices is not None:
+            logits = self.class_head(hidden_states)[first:]
+            losses |= denoising_losses(self.config, logits, boxes[first:], annotations, indices)
+        for proposals in _proposals(model_output):
             found = detection_losses(self.config, *proposals, annotations, matches[1])
             losses |= {
                 name.replace("loss_", "loss_proposal_"): loss for name, loss in found.items()
@@ -439,9 +437,10 @@ class SgtrDetrForObjectDetection(SgtrDetrPreTrainedModel):
         return losses
 
 
-def _proposals(model_output: SgtrDetrModelOutput) -> EntityLevels:
-    """The cells' predictions as a single level."""
-    return EntityLevels(model_output.proposal_logits[None], model_output.proposal_boxes[None])
+def _proposals(model_output: SgtrDetrModelOutput) -> list[EntityLevels]:
+    """The cells' predictions as a single level; none without query selection."""
+    logits, boxes = model_output.proposal_logits, model_output.proposal_boxes
+    return [] if logits is None or boxes is None else [EntityLevels(logits[None], boxes[None])]
 
 
 def entity_probabilities(logits: Tensor, classification: str) -> Tensor:

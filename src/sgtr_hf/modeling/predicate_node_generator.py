@@ -63,7 +63,7 @@ class CompositionalQueries(nn.Module):
     def __init__(self, config: SgtrConfig) -> None:
         super().__init__()
         self.d_model = config.d_model
-        self.temperature = config.detector_config.position_temperature
+        self.temperature = config.detector.position_temperature
         self.position_projection = nn.Linear(config.d_model, config.d_model)
         self.layer = DecoderLayer(config)
         self.norm = nn.LayerNorm(config.d_model)
@@ -205,6 +205,6 @@ class PredicateNodeGenerator(nn.Module):
     def _entity_position(self, entities: EntityNodes) -> Tensor | None:
         if self.entity_position_head is None:
             return None
-        temperature = self.config.detector_config.position_temperature
+        temperature = self.config.detector.position_temperature
         embedding = box_sine_embedding(entities.boxes, self.config.d_model, temperature)
         return self.entity_position_head(embedding)

@@ -26,7 +26,7 @@ class MultiLayerPerceptron(nn.Module):
             nn.Linear(width_in, width_out) for width_in, width_out in itertools.pairwise(dimensions)
         )
         if starts_at_zero:
-            self.layers[-1] = ZeroLinear(*dimensions[-2:])
+            self.layers[-1] = ZeroLinear(dimensions[-2], dimensions[-1])
 
     def forward(self, features: Tensor) -> Tensor:
         """Map (..., dimensions[0]) to (..., dimensions[-1])."""

@@ -276,11 +276,10 @@ class DecoderLayer(_ResidualLayer):
 
         normed = self.before(self.cross_attention_norm, hidden_states)
         if self.conditional:
-            attention_inputs = (normed, spatial_query, memory, memory_position)
+            inputs = [normed, spatial_query, memory, memory_position]
         else:
-            placed_memory = _add(memory, memory_position)
-            attention_inputs = (_add(normed, query_position), placed_memory, memory)
-        branch, _ = self.cross_attention(*attention_inputs, memory_mask, **kwargs)
+            inputs = [_add(normed, query_position), _add(memory, memory_position), memory]
+        branch, _ = self.cross_attention(*inputs, memory_mask, **kwargs)
         hidden_states = self.after(self.cross_attention_norm, hidden_states, branch)
 
         branch = self.feed_forward(self.before(self.feed_forward_norm, hidden_states))

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..configuration.configuration_sgtr import SgtrConfig
@@ -17,6 +18,9 @@ from ..modeling.modeling_sgtr import SgtrForSceneGraphGeneration
 from ..modeling.modeling_sgtr_detr import SgtrDetrForObjectDetection
 from .backbone_weights import load_efficientnet_lite0_weights
 from .recipe import DataSettings, Recipe
+
+
+Config = typing.TypeVar("Config", bound=PreTrainedConfig)
 
 
 class Splits(NamedTuple):
@@ -101,15 +105,25 @@ def _make_scene_graph_model(
 ) -> SgtrForSceneGraphGeneration:
     fields = {name: value for name, value in recipe.model.items() if name != "detector_config"}
     _check_fields("model", fields, SgtrConfig, given=("id2label", "id2predicate"))
-    config = SgtrConfig(detector_config=detector_config, id2predicate=id2predicate, **fields)
-    return SgtrForSceneGraphGeneration(config)
+    fields |= {"detector_config": detector_config, "id2predicate": id2predicate}
+    return SgtrForSceneGraphGeneration(_make_config(SgtrConfig, fields))
 
 
 def _make_detector_config(
     section: str, fields: dict[str, Any], id2label: dict[int, str]
 ) -> SgtrDetrConfig:
     _check_fields(section, fields, SgtrDetrConfig, given=("id2label",))
-    return SgtrDetrConfig(id2label=id2label, **_resolve_backbone(section, fields))
+    return _make_config(
+        SgtrDetrConfig, {**_resolve_backbone(section, fields), "id2label": id2label}
+    )
+
+
+def _make_config(kind: type[Config], fields: dict[str, Any]) -> Config:
+    try:
+        return kind(**fields)
+    except StrictDataclassError as error:
+        # Not a ValueError, though it says the same.
+        raise ValueError(f"`model` of the recipe: {error.__cause__ or error}") from error
 
 
 def _check_fields(

@@ -193,7 +193,7 @@ def _layout(graph: SceneGraph) -> dict[int, Point]:
         index: np.array([x, 1 - y]) + 0.02 * np.array([np.cos(index), np.sin(index)])
         for index, (x, y) in enumerate(centres)
     }
-    network = networkx.Graph()
+    network: networkx.Graph[int] = networkx.Graph()
     network.add_nodes_from(start)
     network.add_edges_from(graph.relations[:, :2].tolist())
     if len(start) == 1:
