@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -19,7 +20,7 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection
 import sgtr_hf
 from sgtr_hf.data.training_dataset import Collator, SceneGraphDataset, load_split
 from sgtr_hf.metrics.frequency_baseline import FrequencyBaseline
-from sgtr_hf.training.evaluation import Evaluator, evaluate
+from sgtr_hf.training.evaluation import Evaluator, check_vocabularies, evaluate, format_figures
 
 
 def main() -> None:
@@ -33,19 +34,20 @@ def main() -> None:
     options = parser.parse_args()
     try:
         report = evaluate_model(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
-    for name, value in report["figures"].items():
-        print(f"{name:32s} {value}")
+    print(format_figures(report["figures"]))
     if options.output is not None:
         options.output.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def evaluate_model(options: argparse.Namespace) -> dict[str, object]:
+def evaluate_model(options: argparse.Namespace) -> dict[str, Any]:
     """Return figures, details and how they came about."""
     model = AutoModelForObjectDetection.from_pretrained(options.model, dtype=torch.float32)
     image_processor = AutoImageProcessor.from_pretrained(options.model)
     dataset = SceneGraphDataset(load_split(options.data, options.split))
+    dataset.check()
+    check_vocabularies(model.config, dataset)
     baseline = None
     if isinstance(model, sgtr_hf.SgtrForSceneGraphGeneration):
         train = SceneGraphDataset(load_split(options.data, "train"))

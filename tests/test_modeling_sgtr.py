@@ -20,7 +20,7 @@ VARIANTS = {
     "as released": (
         {"classification": "softmax", "query_type": "learned", "legacy_box_offset": 1e-3},
         {
-            "entity_position_keys": False,
+            "entity_box_embedding": False,
             "legacy_pixel_distance": True,
             "legacy_triplet_matching": True,
             "legacy_focal_normalization": True,

@@ -33,6 +33,12 @@ def whole_run(data, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def without_drawing(monkeypatch):
+    # Curves take longer than the training here; test_training.py looks at them.
+    monkeypatch.setattr("sgtr_hf.training.loop.draw_training_curves", lambda *_: None)
+
+
 def interrupt_after(trainer, update):
     """Send SIGTERM to this process after an update, as a scheduler does."""
     original = trainer._after_update

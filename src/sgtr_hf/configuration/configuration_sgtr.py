@@ -31,9 +31,9 @@ class SgtrConfig(PreTrainedConfig):
         norm_first: Pre-norm layers, as released.
         dynamic_queries: Compose the queries from the entity nodes of the image; else they start
             from zeros.
-        entity_position_keys: Tell the subject and object decoders where entity nodes are, by a
-            learned map of the sine embedding of their boxes, added to the attention keys (ours:
-            the original gives no position, and left and right are then hardly learnt).
+        entity_box_embedding: Add a learned map of the sine embedding of their boxes to the entity
+            nodes (ours). The vectors of a detector with anchors say how to refine a box, not where
+            it is; those of the original know it themselves.
         predicate_classification: "focal" is a sigmoid a predicate (Visual Genome), "softmax" has a
             background class in front (Open Images).
         assembling_top_k: Entities kept a role and query at inference, paired rank with rank.
@@ -87,7 +87,7 @@ class SgtrConfig(PreTrainedConfig):
     activation_function: str = "relu"
     norm_first: bool = True
     dynamic_queries: bool = True
-    entity_position_keys: bool = True
+    entity_box_embedding: bool = True
     predicate_classification: Literal["focal", "softmax"] = "focal"
     assembling_top_k: int = 3
     training_assembling_top_k: int = 25

@@ -181,7 +181,7 @@ def convert_sgtr_checkpoint(
             weights, r"^relation_decoder\.predicate_decoder\.layers\.(\d+)\."
         ),
         feed_forward_dim=weights["relation_decoder.encoder.layers.0.linear1.weight"].shape[0],
-        entity_position_keys=False,
+        entity_box_embedding=False,
         legacy_pixel_distance=True,
         legacy_triplet_matching=True,
         legacy_focal_normalization=True,

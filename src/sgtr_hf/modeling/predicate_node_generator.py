@@ -113,7 +113,7 @@ class StructuralPredicateDecoder(nn.Module):
             states: Content of the queries, (B, Q, d_model) each.
             positions: Their positional parts, likewise.
             image: `memory`, `memory_position` and `memory_mask` of the predicate layers.
-            entities: `memory` and `memory_position` of the subject and object layers.
+            entities: `memory` of the subject and object layers.
             **kwargs: For the attention backend.
 
         Returns:
@@ -157,8 +157,8 @@ class PredicateNodeGenerator(nn.Module):
         self.compositional_queries = (
             CompositionalQueries(config) if config.dynamic_queries else None
         )
-        self.entity_position_head = (
-            MultiLayerPerceptron(2 * width, width, width) if config.entity_position_keys else None
+        self.entity_box_head = (
+            MultiLayerPerceptron(2 * width, width, width) if config.entity_box_embedding else None
         )
         self.decoder = StructuralPredicateDecoder(config)
 
@@ -173,6 +173,7 @@ class PredicateNodeGenerator(nn.Module):
         Returns:
             States of all levels, (L, B, Q, d_model) each.
         """
+        entities = self._with_boxes(entities)
         batch_size = entities.features.shape[0]
         positions = TripletStates(
             *(
@@ -199,12 +200,12 @@ class PredicateNodeGenerator(nn.Module):
                 encoder_hidden_states=features,
             ),
         }
-        nodes = {"memory": entities.features, "memory_position": self._entity_position(entities)}
+        nodes = {"memory": entities.features}
         return self.decoder(states, positions, image, nodes, **kwargs)
 
-    def _entity_position(self, entities: EntityNodes) -> Tensor | None:
-        if self.entity_position_head is None:
-            return None
+    def _with_boxes(self, entities: EntityNodes) -> EntityNodes:
+        if self.entity_box_head is None:
+            return entities
         temperature = self.config.detector.position_temperature
         embedding = box_sine_embedding(entities.boxes, self.config.d_model, temperature)
-        return self.entity_position_head(embedding)
+        return entities._replace(features=entities.features + self.entity_box_head(embedding))

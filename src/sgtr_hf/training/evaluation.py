@@ -1,7 +1,7 @@
 """Evaluation of a model on annotated images, streamed batch by batch."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,10 +10,21 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
+from ..data.training_dataset import SceneGraphDataset
 from ..metrics.detection import DetectionAccuracy
 from ..metrics.frequency_baseline import FrequencyBaseline
 from ..metrics.recall import DetectorCeiling, SceneGraphRecall
 from ..scene_graph import SceneGraph
+
+
+# What is measured, and how a table names it.
+RECALLS = {
+    "model": "model",
+    "model_constrained": "model, one predicate a pair",
+    "baseline": "frequency baseline, one predicate a pair",
+    "baseline_unconstrained": "frequency baseline",
+    "baseline_true_entities": "frequency baseline, true entities",
+}
 
 
 class _Metric(Protocol):
@@ -48,16 +59,7 @@ class Evaluator:
         self.baseline = baseline
         self.top_k = top_k
         self.detection = DetectionAccuracy(id2label)
-        self.recalls = {
-            name: SceneGraphRecall(id2predicate=id2predicate)
-            for name in (
-                "model",
-                "model_constrained",
-                "baseline",
-                "baseline_unconstrained",
-                "baseline_true_entities",
-            )
-        }
+        self.recalls = {name: SceneGraphRecall(id2predicate=id2predicate) for name in RECALLS}
         self.ceiling = DetectorCeiling(id2predicate=id2predicate)
 
     def update(self, outputs: Any, references: list[SceneGraph]) -> None:
@@ -107,9 +109,8 @@ class Evaluator:
         if self.baseline is not None:
             for name, recall in self.recalls.items():
                 details[name] = recall.compute()
-                prefix = "" if name == "model" else f"{name}_"
                 figures |= {
-                    f"{prefix}{key}": value
+                    f"{_prefix(name)}{key}": value
                     for key, value in details[name].items()
                     if key.startswith(("R@", "mR@", "F@"))
                 }
@@ -138,6 +139,46 @@ def evaluate(
         evaluator.update(outputs, batch["references"])
 
 
+def format_figures(figures: Mapping[str, Any]) -> str:
+    """Lay the figures of `Evaluator.compute` out as a table of text."""
+    lines = [
+        "detection  " + "  ".join(f"{key} {_text(figures[key])}" for key in ("AP", "AP50", "AP75"))
+    ]
+    columns = [name for name in figures if name.startswith(("R@", "mR@"))]
+    if not columns:
+        return lines[0]
+    width = max(map(len, RECALLS.values()))
+    lines += ["", " " * width + "".join(f"{column:>8s}" for column in columns)]
+    for name, title in RECALLS.items():
+        values = [figures[f"{_prefix(name)}{column}"] for column in columns]
+        lines.append(f"{title:{width}s}" + "".join(f"{_text(value):>8s}" for value in values))
+    lines.append(
+        f"reachable with these detections: R {_text(figures['ceiling_R'])}, "
+        f"mR {_text(figures['ceiling_mR'])}"
+    )
+    return "\n".join(lines)
+
+
+def check_vocabularies(config: Any, dataset: SceneGraphDataset) -> None:
+    """Reject data whose classes or predicates are not the model's, in the same order.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    for name in ("id2label", "id2predicate"):
+        known = getattr(config, name, None)
+        # A detector knows no predicates.
+        if known is not None and dict(known) != getattr(dataset, name):
+            raise ValueError(
+                f"The model's `{name}` is {dict(known)}, the data's {getattr(dataset, name)}; "
+                "evaluate on data with the model's vocabulary."
+            )
+
+
+def _prefix(name: str) -> str:
+    return "" if name == "model" else f"{name}_"
+
+
 def _entities(detection: dict[str, Any], reference: SceneGraph) -> SceneGraph:
     """Detections as a graph without relations."""
     return SceneGraph(
@@ -148,6 +189,10 @@ def _entities(detection: dict[str, Any], reference: SceneGraph) -> SceneGraph:
         relation_scores=np.zeros(0, dtype=np.float32),
         image_size=reference.image_size,
     )
+
+
+def _text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _plain(value: Any) -> float | None:
