@@ -24,7 +24,6 @@ def main() -> None:
     parser.add_argument("report", type=Path, help="JSON of evaluate_model.py")
     parser.add_argument("folder", type=Path, help="where the checkpoint goes")
     parser.add_argument("--detector-run", type=Path, help="run of the detector it was trained on")
-    parser.add_argument("--commit", required=True, help="commit that trained it")
     options = parser.parse_args()
 
     model = SgtrForSceneGraphGeneration.from_pretrained(options.run / "final", dtype=torch.bfloat16)
@@ -42,7 +41,6 @@ def main() -> None:
         options.folder / "README.md",
         json.loads(options.report.read_text()),
         [json.loads((run / "training.json").read_text()) for run in runs],
-        commit=options.commit,
     )
 
 

@@ -39,8 +39,6 @@ def write_model_card(
     path: Path,
     report: Mapping[str, Any],
     trainings: Sequence[Mapping[str, Any]],
-    *,
-    commit: str,
 ) -> None:
     """Write the card of a tabletop checkpoint.
 
@@ -48,11 +46,11 @@ def write_model_card(
         path: The card's file.
         report: JSON of `evaluate_model.py`.
         trainings: Records of the runs (`training.json`), the detector's first.
-        commit: That trained the last.
     """
     runs = "\n".join(
         f"| {name} | {training['images_seen']} | {training['training_minutes']} | "
-        f"{training['processes']} x {training['threads']} | {training['seed']} |"
+        f"{training['processes']} x {training['threads']} | {training['seed']} | "
+        f"{str(training.get('commit'))[:7]} |"
         for name, training in zip(("detector", "scene graphs"), trainings, strict=False)
     )
     versions = ", ".join(f"{name} {value}" for name, value in trainings[-1]["versions"].items())
@@ -85,11 +83,11 @@ ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2 scripts/train_sgtr.py recipes/s
 python scripts/evaluate_model.py src/sgtr_hf/assets/sgtr-tabletop datasets/tabletop --split test
 ```
 
-| run | images seen | minutes | processes x threads | seed |
-|---|---|---|---|---|
+| run | images seen | minutes | processes x threads | seed | commit |
+|---|---|---|---|---|---|
 {runs}
 
-On a processor without bfloat16 units, in float32; {versions}; commit {commit}.
+On a processor without bfloat16 units, in float32; {versions}.
 
 {figures_table(report["figures"])}
 
