@@ -1,4 +1,4 @@
-"""Measures what padding in a batch of mixed sizes changes: `python benchmarks/measure_padding_drift.py`.
+"""Measures what padding in a batch of mixed sizes changes in the results.
 
 Every picture of the shipped sample is scaled to one of three sizes and goes through the shipped
 model alone and in a batch with the others; printed are the differences of the entities' best
