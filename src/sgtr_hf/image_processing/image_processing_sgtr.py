@@ -119,7 +119,8 @@ class _SgtrImageProcessing:
     ) -> BatchFeature:
         original_sizes = [tuple(image.shape[-2:]) for image in images]
         normalization = (do_rescale, rescale_factor, do_normalize, image_mean, image_std)
-        resized = self._transform(
+        # Of the backend.
+        resized = self._transform(  # type: ignore[attr-defined]
             images, size if do_resize else None, resample, channel_order, normalization
         )
         pixel_values, pixel_mask = _pad(resized, pad_size, do_pad=do_pad)
@@ -137,16 +138,6 @@ class _SgtrImageProcessing:
                 )
             ]
         return features
-
-    def _transform(
-        self,
-        images: list[Any],
-        size: SizeDict | None,
-        resample: Any,
-        channel_order: str,
-        normalization: tuple[Any, ...],
-    ) -> list[Tensor]:
-        raise NotImplementedError
 
     def post_process_object_detection(
         self,
