@@ -26,7 +26,8 @@ def main() -> None:
     parser.add_argument("--detector-run", type=Path, help="run of the detector it was trained on")
     options = parser.parse_args()
 
-    model = SgtrForSceneGraphGeneration.from_pretrained(options.run / "final", dtype=torch.bfloat16)
+    # Loaded first and rounded then: `dtype` would leave the timm backbone as it is.
+    model = SgtrForSceneGraphGeneration.from_pretrained(options.run / "final").to(torch.bfloat16)
     model.save_pretrained(options.folder)
     config_file = options.folder / "config.json"
     config = json.loads(config_file.read_text())
