@@ -38,7 +38,7 @@ def figures(data):
 
 def test_true_entities_leave_the_baseline_one_guess(figures):
     # The first square is left of the second: a pair of classes seen in training is found.
-    assert figures["baseline_true_entities_R@20"] > 0.8
+    assert figures["baseline_true_entities_R@20"] >= 0.8
     assert figures["details"]["model"]["num_images"] == 5
     assert figures["R@20"] <= figures["ceiling_R"]
 
