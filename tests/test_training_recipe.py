@@ -54,6 +54,7 @@ def test_overrides_replace_and_add_entries(recipe_file):
         (["model.freeze_detector=true", "task=scene_graph"], "freeze_detector` needs `detector`"),
         (["task=scene_graph", "detector=x", "backbone_weights=efficientnet_lite0"], "remove one"),
         (["task=scene_graph", "detector=x", "model.detector_config={}"], "remove one"),
+        (["pretrained_model=x", "backbone_weights=efficientnet_lite0"], "remove one"),
         (["training.epochs=[1"], "not YAML"),
         (["task.epochs=1"], "`task` in the override"),
     ],
@@ -135,6 +136,22 @@ def test_a_detector_brings_weights_and_image_processor(tmp_path, detector_folder
 def test_a_detector_of_other_classes_is_an_error(tmp_path, detector_folder):
     with pytest.raises(ValueError, match=r"knows the classes.*purple"):
         make_model(graph_recipe(tmp_path, detector_folder), {0: "purple"}, PREDICATE_NAMES)
+
+
+def test_a_pretrained_model_goes_on_with_changed_fields(tmp_path, detector_folder):
+    recipe = make_recipe("data", tmp_path, model={"dropout": 0.25})
+    recipe.pretrained_model, recipe.image_processor = str(detector_folder), {}
+    trained = SgtrDetrForObjectDetection.from_pretrained(detector_folder)
+    model = make_model(recipe, LABELS, {})
+    assert model.config.dropout == 0.25
+    for name, tensor in trained.state_dict().items():
+        assert tensor.equal(model.state_dict()[name]), name
+    assert make_image_processor(recipe).size == {"height": 48, "width": 80}
+    # Only what depends on the number of classes starts anew.
+    other = make_model(recipe, {0: "purple"}, {}).state_dict()
+    new = {name for name, tensor in trained.state_dict().items() if not tensor.equal(other[name])}
+    assert other["class_head.weight"].shape[0] == 1
+    assert all("class" in name for name in new), new
 
 
 def test_all_sections_have_typed_defaults():

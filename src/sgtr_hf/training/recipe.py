@@ -124,6 +124,9 @@ class Recipe:
         backbone_weights: Weights that the backbone starts from; null for random ones.
         detector: Folder or Hub id of the detector that a scene graph model starts from; its image
             processor serves unless the recipe has one.
+        pretrained_model: Folder or Hub id of a model of this task that the run starts from, with
+            its configuration, of which `model` changes fields, and its image processor. Heads
+            for another number of classes start anew.
     """
 
     task: Literal["detection", "scene_graph"]
@@ -133,8 +136,14 @@ class Recipe:
     image_processor: dict[str, Any] = field(default_factory=dict)
     backbone_weights: Literal["efficientnet_lite0"] | None = None
     detector: str | None = None
+    pretrained_model: str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("detector", "backbone_weights"):
+            if self.pretrained_model is not None and getattr(self, name) is not None:
+                raise ValueError(
+                    f"`{name}` has no use with `pretrained_model`, which brings its own; remove one."
+                )
         if self.detector is not None and self.task == "detection":
             raise ValueError("`detector` has no use with `task: detection`; remove it.")
         if self.detector is not None and self.backbone_weights is not None:
@@ -146,7 +155,7 @@ class Recipe:
                 "`model.detector_config` has no use with `detector`, which brings its own; remove "
                 "one."
             )
-        if self.detector is None and self.model.get("freeze_detector"):
+        if self.model.get("freeze_detector") and not (self.detector or self.pretrained_model):
             raise ValueError(
                 "`model.freeze_detector` needs `detector`: a random one would stay random."
             )

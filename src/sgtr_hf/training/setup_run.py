@@ -62,8 +62,9 @@ def make_image_processor(recipe: Recipe) -> SgtrImageProcessor:
     Raises:
         ValueError: If it has no such setting.
     """
-    if not recipe.image_processor and recipe.detector is not None:
-        return SgtrImageProcessor.from_pretrained(recipe.detector)
+    pretrained = recipe.pretrained_model or recipe.detector
+    if not recipe.image_processor and pretrained is not None:
+        return SgtrImageProcessor.from_pretrained(pretrained)
     known = typing.get_type_hints(SgtrImageProcessor.valid_kwargs)
     _check_names("image_processor", recipe.image_processor, known)
     return SgtrImageProcessor(**recipe.image_processor)
@@ -77,6 +78,8 @@ def make_model(
     Raises:
         ValueError: If the detector has other classes, or a field of the model is wrong.
     """
+    if recipe.pretrained_model is not None:
+        return _load_pretrained_model(recipe, recipe.pretrained_model, id2label, id2predicate)
     if recipe.task == "detection":
         config = _make_detector_config("model", recipe.model, id2label)
         detector = SgtrDetrForObjectDetection(config)
@@ -98,6 +101,26 @@ def make_model(
     model = _make_scene_graph_model(recipe, pretrained.config, id2predicate)
     model.model.detector.load_state_dict(pretrained.state_dict())
     return model
+
+
+def _load_pretrained_model(
+    recipe: Recipe, source: str, id2label: dict[int, str], id2predicate: dict[int, str]
+) -> PreTrainedModel:
+    """Load a trained model with the recipe's changes and the class names of the data."""
+    kind: type[PreTrainedModel]
+    if recipe.task == "detection":
+        kind, given = SgtrDetrForObjectDetection, {"id2label": id2label}
+    else:
+        kind, given = SgtrForSceneGraphGeneration, {"id2predicate": id2predicate}
+    _check_fields("model", recipe.model, kind.config_class, given=tuple(given))
+    trained = kind.config_class.from_pretrained(source)
+    fields = trained.to_dict() | _resolve_backbone("model", recipe.model) | given
+    if recipe.task == "scene_graph":
+        fields["detector_config"] |= {"id2label": id2label}
+    config = _make_config(kind.config_class, fields)
+    return kind.from_pretrained(
+        source, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
+    )
 
 
 def _make_scene_graph_model(
