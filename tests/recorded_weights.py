@@ -33,3 +33,17 @@ def recorded_checkpoint(keys_file):
     for alias, name in entries.get("tied", {}).items():
         weights[alias] = weights[name]
     return weights
+
+
+def make_batch(recorded, mean, std, *, bgr, scale):
+    images = [recorded["image.0"], recorded["image.1"]]
+    height, width = (max(image.shape[side] for image in images) for side in (0, 1))
+    pixel_values = torch.zeros(2, 3, height, width)
+    pixel_mask = torch.zeros(2, height, width, dtype=torch.int64)
+    for index, image in enumerate(images):
+        pixels = image.permute(2, 0, 1).float() * scale
+        pixels = pixels.flip(0) if bgr else pixels
+        pixels = (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+        pixel_values[index, :, : pixels.shape[1], : pixels.shape[2]] = pixels
+        pixel_mask[index, : pixels.shape[1], : pixels.shape[2]] = 1
+    return pixel_values, pixel_mask

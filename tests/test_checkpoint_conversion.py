@@ -1,12 +1,17 @@
+import argparse
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoImageProcessor, AutoModel
 
-from recorded_weights import recorded_checkpoint
+import sgtr_hf.cli
+from recorded_weights import make_batch, recorded_checkpoint
 from sgtr_hf import SgtrDetrForObjectDetection, SgtrForSceneGraphGeneration
-from sgtr_hf.hub.checkpoint_conversion import convert_detr_checkpoint, convert_sgtr_checkpoint
+from sgtr_hf.hub.checkpoint_conversion import convert_checkpoint, convert_file, read_checkpoint
 
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -14,30 +19,26 @@ FIXTURES = Path(__file__).parent / "fixtures"
 TOLERANCE = 1e-5
 
 
-def make_batch(recorded, mean, std, *, bgr, scale):
-    images = [recorded["image.0"], recorded["image.1"]]
-    height, width = (max(image.shape[side] for image in images) for side in (0, 1))
-    pixel_values = torch.zeros(2, 3, height, width)
-    pixel_mask = torch.zeros(2, height, width, dtype=torch.int64)
-    for index, image in enumerate(images):
-        pixels = image.permute(2, 0, 1).float() * scale
-        pixels = pixels.flip(0) if bgr else pixels
-        pixels = (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
-        pixel_values[index, :, : pixels.shape[1], : pixels.shape[2]] = pixels
-        pixel_mask[index, : pixels.shape[1], : pixels.shape[2]] = 1
-    return pixel_values, pixel_mask
-
-
 def assert_recorded(found, recorded, name):
     difference = (found[..., : recorded.shape[-1]] - recorded).abs().max() / recorded.abs().max()
     assert difference < TOLERANCE, f"{name} differs by {difference:.1e}"
 
 
-def test_detr_r50_equals_the_recorded_forward_pass():
+@pytest.fixture(scope="module")
+def detr_weights():
+    return recorded_checkpoint(FIXTURES / "detr_resnet50.keys.json")
+
+
+@pytest.fixture(scope="module")
+def sgtr_weights():
+    return recorded_checkpoint(FIXTURES / "sgtr_vg.keys.json")
+
+
+def test_detr_r50_equals_the_recorded_forward_pass(detr_weights):
     recorded = load_file(FIXTURES / "forward_detr.safetensors")
-    converted = convert_detr_checkpoint(recorded_checkpoint(FIXTURES / "detr_resnet50.keys.json"))
-    model = SgtrDetrForObjectDetection(converted.config).eval()
-    model.load_state_dict(converted.state_dict)
+    model, _, report = convert_checkpoint(detr_weights, "detr")
+    model.eval()
+    assert report.used == len(detr_weights) - report.unused
     batch = make_batch(
         recorded, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], bgr=False, scale=1 / 255
     )
@@ -46,6 +47,7 @@ def test_detr_r50_equals_the_recorded_forward_pass():
     for prefix, level in (("output", -1), ("aux.0", 0), ("aux.4", 4)):
         assert_recorded(levels.logits[level], recorded[f"{prefix}.pred_logits"], prefix)
         assert_recorded(levels.boxes[level], recorded[f"{prefix}.pred_boxes"], prefix)
+    assert model.config.id2label[17] == "cat"
 
 
 RECORDED_NAMES = {
@@ -62,45 +64,246 @@ RECORDED_NAMES = {
 }
 
 
-def test_sgtr_vg150_equals_the_recorded_forward_pass():
+def test_sgtr_vg150_equals_the_recorded_forward_pass(sgtr_weights):
     recorded = load_file(FIXTURES / "forward_sgtr.safetensors")
-    converted = convert_sgtr_checkpoint(recorded_checkpoint(FIXTURES / "sgtr_vg.keys.json"))
-    model = SgtrForSceneGraphGeneration(converted.config).eval()
-    model.load_state_dict(converted.state_dict)
+    model, _, report = convert_checkpoint(sgtr_weights, "sgtr-vg150")
+    model.eval()
     batch = make_batch(recorded, [103.53, 116.28, 123.675], [1.0, 1.0, 1.0], bgr=True, scale=1.0)
     with torch.no_grad():
         output = model(*batch)
     for name, recorded_name in RECORDED_NAMES.items():
         assert_recorded(output[name], recorded[f"output.{recorded_name}"], name)
+    assert report.used + report.unused == len(sgtr_weights)
+    assert report.new == ()
+    assert (model.config.id2label[149], model.config.id2predicate[0]) == ("zebra", "above")
 
 
-def small_detr_weights():
-    entries = recorded_checkpoint(FIXTURES / "detr_resnet50.keys.json")
-    return {name: tensor.half() for name, tensor in entries.items()}
-
-
-def test_an_unknown_weight_is_never_lost_in_silence():
-    weights = small_detr_weights() | {"surprise.weight": torch.zeros(1)}
-    with pytest.raises(ValueError, match="surprise"):
-        convert_detr_checkpoint(weights)
-
-
-def test_wrapped_and_prefixed_files_convert():
-    weights = {f"module.{name}": tensor for name, tensor in small_detr_weights().items()}
-    converted = convert_detr_checkpoint({"model": weights})
-    assert converted.config.num_labels == 91
-    assert converted.config.encoder_layers == 6
-
-
-def test_a_wrong_vocabulary_is_an_error():
-    with pytest.raises(ValueError, match="91"):
-        convert_detr_checkpoint(small_detr_weights(), id2label={0: "only"})
-
-
-def test_aliases_that_differ_are_an_error():
+def open_images_weights(sgtr_weights):
+    """The same with the predicate head of 4 predicates and background."""
     weights = {
-        "sub_class_embed.0.weight": torch.zeros(2, 2),
-        "sub_class_embed.1.weight": torch.ones(2, 2),
+        name: tensor
+        for name, tensor in sgtr_weights.items()
+        if not name.endswith("empty_weight") and not name.startswith("rel_class_embed")
     }
+    return weights | {
+        "rel_class_embed.weight": torch.randn(5, 256),
+        "rel_class_embed.bias": torch.randn(5),
+        "rel_criterion.empty_weight": torch.ones(5),
+    }
+
+
+def test_open_images_heads_have_background_first(sgtr_weights):
+    weights = open_images_weights(sgtr_weights)
+    model, processor, _ = convert_checkpoint(weights, "sgtr-openimages")
+    assert model.config.num_predicates == 4
+    with torch.no_grad():
+        output = model.eval()(torch.zeros(1, 3, 64, 64))
+    assert output.predicate_logits.shape[-1] == 5
+    expected = output.predicate_logits.softmax(-1)[..., 1:]
+    torch.testing.assert_close(output.predicate_probabilities, expected)
+    assert processor.legacy_single_predicate
+    with pytest.raises(ValueError, match="predicate head has a background"):
+        convert_checkpoint(weights, "sgtr-vg150")
+
+
+def test_a_detector_alone_starts_the_indicators(sgtr_weights):
+    prefixes = ("backbone.", "transformer.", "input_proj.", "query_embed.", "class_embed.")
+    weights = {
+        name: tensor
+        for name, tensor in sgtr_weights.items()
+        if name.startswith((*prefixes, "bbox_embed."))
+    }
+    model, _, report = convert_checkpoint(weights, "sgtr-vg150")
+    assert {name.split(".")[0] for name in report.new} == {
+        "model",
+        "predicate_head",
+        "relation_vector_head",
+    }
+    assert all("detector" not in name for name in report.new)
+    assert model.subject_class_head.weight.equal(weights["class_embed.weight"])
+    for role in ("subject", "object"):
+        head = getattr(model, f"{role}_box_head").state_dict()
+        for name, tensor in model.model.detector.model.decoder.box_head.state_dict().items():
+            assert tensor.equal(head[name])
+
+
+def test_an_unknown_weight_is_never_lost_in_silence(detr_weights):
+    with pytest.raises(ValueError, match=r"not known: `surprise\.weight`"):
+        convert_checkpoint(detr_weights | {"surprise.weight": torch.zeros(1)}, "detr")
+
+
+def test_missing_and_misshapen_tensors_are_named(detr_weights):
+    weights = dict(detr_weights)
+    del weights["transformer.decoder.norm.bias"]
+    weights["transformer.decoder.norm.weight"] = torch.zeros(3)
+    with pytest.raises(
+        ValueError, match=r"1 tensors are missing: `model\.decoder\.norm\.bias`.*shape"
+    ):
+        convert_checkpoint(weights, "detr")
+
+
+def test_files_of_another_format_are_recognised(detr_weights, sgtr_weights):
+    with pytest.raises(ValueError, match=r"looks like `detr`.*first names are `transformer"):
+        convert_checkpoint(detr_weights, "sgtr-vg150")
+    with pytest.raises(ValueError, match="looks like `sgtr-vg150`"):
+        convert_checkpoint(sgtr_weights, "detr")
+    with pytest.raises(ValueError, match="none of the known formats"):
+        convert_checkpoint({"weight": torch.zeros(1)}, "dino")
+    with pytest.raises(ValueError, match="`format` must be one of detr, dino"):
+        convert_checkpoint({}, "yolo")
+
+
+def test_aliases_that_differ_are_an_error(sgtr_weights):
+    other = torch.ones_like(sgtr_weights["sub_class_embed.1.weight"])
     with pytest.raises(ValueError, match="same tensor"):
-        convert_sgtr_checkpoint(weights)
+        convert_checkpoint(sgtr_weights | {"sub_class_embed.1.weight": other}, "sgtr-vg150")
+
+
+WIDTH, HIDDEN = 64, 128
+
+
+def dino_weights(layers=2):
+    def draw(*shape):
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+    weights = {
+        "cls_token": draw(1, 1, WIDTH),
+        "pos_embed": draw(1, 1 + 16, WIDTH),
+        "patch_embed.proj.weight": draw(WIDTH, 3, 8, 8),
+        "patch_embed.proj.bias": draw(WIDTH),
+        "norm.weight": draw(WIDTH),
+        "norm.bias": draw(WIDTH),
+    }
+    for layer in range(layers):
+        for name, shape in (
+            ("norm1.weight", (WIDTH,)), ("norm1.bias", (WIDTH,)),
+            ("norm2.weight", (WIDTH,)), ("norm2.bias", (WIDTH,)),
+            ("attn.qkv.weight", (3 * WIDTH, WIDTH)), ("attn.qkv.bias", (3 * WIDTH,)),
+            ("attn.proj.weight", (WIDTH, WIDTH)), ("attn.proj.bias", (WIDTH,)),
+            ("mlp.fc1.weight", (HIDDEN, WIDTH)), ("mlp.fc1.bias", (HIDDEN,)),
+            ("mlp.fc2.weight", (WIDTH, HIDDEN)), ("mlp.fc2.bias", (WIDTH,)),
+        ):  # fmt: skip
+            weights[f"blocks.{layer}.{name}"] = draw(*shape)
+    return weights
+
+
+def test_full_dino_checkpoints_hold_two_networks():
+    head = {"head.last_layer.weight_v": torch.zeros(2, 2)}
+    teacher = {f"backbone.{name}": tensor for name, tensor in dino_weights().items()} | head
+    student = {f"module.{name}": tensor + 1 for name, tensor in teacher.items()}
+    entries = {"teacher": teacher, "student": student, "epoch": 3, "args": argparse.Namespace()}
+    for network, shift in (("teacher", 0), ("student", 1)):
+        model, _, report = convert_checkpoint(entries, "dino", network=network)
+        expected = dino_weights()["cls_token"] + shift
+        assert model.embedding.class_token.equal(expected)
+        assert report.unused == 1
+    assert (model.config.image_size, model.config.patch_size) == (32, 8)
+
+
+@pytest.mark.parametrize("num_vectors", [1, 2, 4])
+def test_dino_classifiers_need_their_backbone(num_vectors):
+    backbone = dino_weights(layers=4)
+    linear = {
+        "module.linear.weight": torch.randn(5, num_vectors * WIDTH),
+        "module.linear.bias": torch.randn(5),
+    }
+    with pytest.raises(ValueError, match="--backbone"):
+        convert_checkpoint({"state_dict": linear}, "dino")
+    model = convert_checkpoint({"state_dict": linear}, "dino", backbone=backbone).model.eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        logits = model(images).logits
+        layers = model.model.last_layers(images, 4)
+    tokens = [layers[level, :, 0] for level in range(4 - num_vectors, 4)]
+    features = torch.cat(tokens, dim=1)
+    if num_vectors == 2:
+        # The reference interleaves class token and mean patch.
+        features = torch.stack((layers[-1, :, 0], layers[-1, :, 1:].mean(1)), dim=-1).flatten(1)
+    expected = features @ linear["module.linear.weight"].T + linear["module.linear.bias"]
+    torch.testing.assert_close(logits, expected)
+
+
+def test_a_file_becomes_a_folder_that_the_auto_classes_read(tmp_path):
+    path = tmp_path / "dino.pth"
+    torch.save({"teacher": dino_weights(), "args": argparse.Namespace(lr=1)}, path)
+    report = convert_file(path, tmp_path / "model", "dino")
+    assert "tensors of the model filled" in str(report)
+    model = AutoModel.from_pretrained(tmp_path / "model")
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "model")
+    assert processor.crop_size == {"height": 224, "width": 224}
+    assert model.embedding.class_token.equal(dino_weights()["cls_token"])
+    with pytest.raises(ValueError, match="exists already"):
+        convert_file(path, tmp_path / "model", "dino")
+
+
+def test_safetensors_and_other_types_of_numbers(tmp_path):
+    path = tmp_path / "dino.safetensors"
+    save_file(dino_weights(), path)
+    convert_file(path, tmp_path / "model", "dino", dtype=torch.bfloat16)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+
+
+class Harmful:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+def test_broken_files_leave_nothing_behind(tmp_path, capfd):
+    whole = tmp_path / "whole.pth"
+    torch.save(dino_weights(), whole)
+    truncated = tmp_path / "truncated.pth"
+    truncated.write_bytes(whole.read_bytes()[:-2000])
+    harmful = tmp_path / "harmful.pth"
+    torch.save({"model": Harmful()}, harmful)
+    lacking = tmp_path / "lacking.pth"
+    weights = dino_weights()
+    del weights["norm.bias"]
+    torch.save(weights, lacking)
+    (tmp_path / "text.safetensors").write_text("text")
+    before = sorted(tmp_path.iterdir())
+    for name in ("truncated.pth", "harmful.pth", "text.safetensors", "none.pth"):
+        with pytest.raises(ValueError, match=name):
+            convert_file(tmp_path / name, tmp_path / "model", "dino")
+    with pytest.raises(ValueError, match=r"missing: `norm\.bias`"):
+        convert_file(lacking, tmp_path / "model", "dino")
+    assert sorted(tmp_path.iterdir()) == before
+    assert "executed" not in capfd.readouterr().out
+    shutil.rmtree(tmp_path)
+    with pytest.raises(ValueError, match="There is no checkpoint file"):
+        read_checkpoint(whole)
+
+
+def test_the_command_converts_and_reports(tmp_path, capsys):
+    path = tmp_path / "dino.pth"
+    torch.save(dino_weights(), path)
+    arguments = ["convert-checkpoint", str(path), str(tmp_path / "model"), "--format"]
+    assert sgtr_hf.cli.main([*arguments, "dino"]) == 0
+    assert "tensors of the file used" in capsys.readouterr().out
+    arguments[2] = str(tmp_path / "other")
+    assert sgtr_hf.cli.main([*arguments, "detr"]) == 2
+    assert "looks like `dino`" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_vocabularies_name_classes_and_must_fit(tmp_path, sgtr_weights):
+    path = tmp_path / "sgtr.safetensors"
+    save_file({k: v.clone() for k, v in open_images_weights(sgtr_weights).items()}, path)
+    names = tmp_path / "categories_dict.json"
+    names.write_text(json.dumps({"obj": [f"thing {i}" for i in range(150)], "rel": list("abcd")}))
+    convert_file(path, tmp_path / "model", "sgtr-openimages", vocabulary=names)
+    model = SgtrForSceneGraphGeneration.from_pretrained(tmp_path / "model")
+    assert model.config.id2predicate == dict(enumerate("abcd"))
+    names.write_text(json.dumps({"labels": ["only"]}))
+    with pytest.raises(ValueError, match="has 1 names, but the checkpoint has 150"):
+        convert_file(path, tmp_path / "other", "sgtr-openimages", vocabulary=names)
+    names.write_text("[]")
+    with pytest.raises(ValueError, match='must hold "labels"'):
+        convert_file(path, tmp_path / "other", "sgtr-openimages", vocabulary=names)
+
+
+def test_wrapped_and_prefixed_files_convert(detr_weights):
+    weights = {f"module.{name}": tensor for name, tensor in detr_weights.items()}
+    model = convert_checkpoint({"model": weights, "epoch": 1}, "detr").model
+    assert isinstance(model, SgtrDetrForObjectDetection)
+    assert (model.config.num_labels, model.config.encoder_layers) == (91, 6)

@@ -6,9 +6,19 @@ as `pipeline("scene-graph")`.
 
 from ._version import __version__
 from .auto import AutoModelForSceneGraphGeneration, register
+from .configuration.configuration_dino_vit import DinoVitConfig
 from .configuration.configuration_sgtr import SgtrConfig
 from .configuration.configuration_sgtr_detr import SgtrDetrConfig
+from .image_processing.image_processing_dino_vit import (
+    DinoVitImageProcessor,
+    DinoVitImageProcessorPil,
+)
 from .image_processing.image_processing_sgtr import SgtrImageProcessor, SgtrImageProcessorPil
+from .modeling.modeling_dino_vit import (
+    DinoVitBackbone,
+    DinoVitForImageClassification,
+    DinoVitModel,
+)
 from .modeling.modeling_sgtr import SgtrForSceneGraphGeneration, SgtrModel
 from .modeling.modeling_sgtr_detr import SgtrDetrForObjectDetection, SgtrDetrModel
 from .pipelines.scene_graph_pipeline import SceneGraphPipeline
@@ -19,6 +29,12 @@ register()
 
 __all__ = [
     "AutoModelForSceneGraphGeneration",
+    "DinoVitBackbone",
+    "DinoVitConfig",
+    "DinoVitForImageClassification",
+    "DinoVitImageProcessor",
+    "DinoVitImageProcessorPil",
+    "DinoVitModel",
     "SceneGraph",
     "SceneGraphPipeline",
     "SgtrConfig",

@@ -3,21 +3,36 @@
 from collections import OrderedDict
 from importlib import resources
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForObjectDetection
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForObjectDetection,
+)
 from transformers.models.auto.auto_factory import _BaseAutoModelClass, _LazyAutoMapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils.import_utils import is_torchvision_available
 
+from .configuration.configuration_dino_vit import DinoVitConfig
 from .configuration.configuration_sgtr import SgtrConfig
 from .configuration.configuration_sgtr_detr import SgtrDetrConfig
+from .image_processing.image_processing_dino_vit import DinoVitImageProcessorPil
 from .image_processing.image_processing_sgtr import SgtrImageProcessorPil
+from .modeling.modeling_dino_vit import (
+    DinoVitBackbone,
+    DinoVitForImageClassification,
+    DinoVitModel,
+)
 from .modeling.modeling_sgtr import SgtrForSceneGraphGeneration, SgtrModel
 from .modeling.modeling_sgtr_detr import SgtrDetrForObjectDetection, SgtrDetrModel
 from .pipelines.scene_graph_pipeline import SceneGraphPipeline
 
 
 if is_torchvision_available():
+    from .image_processing.image_processing_dino_vit import DinoVitImageProcessor
     from .image_processing.image_processing_sgtr import SgtrImageProcessor
 
 TASK = "scene-graph"
@@ -34,8 +49,19 @@ class AutoModelForSceneGraphGeneration(_BaseAutoModelClass):
 def register() -> None:
     """Register configurations, models, image processors and the pipeline; safe to repeat."""
     image_processors = {"pil": SgtrImageProcessorPil}
+    vit_image_processors = {"pil": DinoVitImageProcessorPil}
     if is_torchvision_available():
         image_processors["torchvision"] = SgtrImageProcessor
+        vit_image_processors["torchvision"] = DinoVitImageProcessor
+    AutoConfig.register(DinoVitConfig.model_type, DinoVitConfig, exist_ok=True)
+    AutoModel.register(DinoVitConfig, DinoVitModel, exist_ok=True)
+    AutoModelForImageClassification.register(
+        DinoVitConfig, DinoVitForImageClassification, exist_ok=True
+    )
+    AutoBackbone.register(DinoVitConfig, DinoVitBackbone, exist_ok=True)
+    AutoImageProcessor.register(
+        DinoVitConfig, image_processor_classes=vit_image_processors, exist_ok=True
+    )
     for config, base, head in (
         (SgtrDetrConfig, SgtrDetrModel, SgtrDetrForObjectDetection),
         (SgtrConfig, SgtrModel, SgtrForSceneGraphGeneration),

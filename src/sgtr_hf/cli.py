@@ -1,4 +1,4 @@
-"""The `sgtr-hf` command: `predict` for pictures, `make-tabletop` for training data."""
+"""The `sgtr-hf` command: pictures to scene graphs, training data, original checkpoints."""
 
 import argparse
 import json
@@ -78,12 +78,36 @@ def make_tabletop(options: argparse.Namespace) -> int:
     return 0
 
 
+def convert_checkpoint(options: argparse.Namespace) -> int:
+    """Bring a checkpoint of an original implementation into this package's layout."""
+    import torch
+
+    from .hub.checkpoint_conversion import convert_file
+
+    report = convert_file(
+        options.checkpoint,
+        options.output,
+        options.format,
+        dtype=getattr(torch, options.dtype),
+        vocabulary=options.vocabulary,
+        network=options.network,
+        backbone=options.backbone,
+    )
+    print(f"{options.output}: {report}.")
+    for name in report.new:
+        print(f"  new: {name}")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sgtr-hf", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_predict(commands.add_parser("predict", help="find the scene graphs of pictures"))
     _add_make_tabletop(commands.add_parser("make-tabletop", help="render a tabletop data set"))
+    _add_convert_checkpoint(
+        commands.add_parser("convert-checkpoint", help="read the weights of an original")
+    )
     return parser
 
 
@@ -113,6 +137,28 @@ def _add_make_tabletop(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="decides every scene")
     parser.add_argument("--workers", type=_positive, help="processes; one a core by default")
     parser.add_argument("--image-size", type=_positive, default=256, help="pixels a side")
+
+
+def _add_convert_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=convert_checkpoint)
+    parser.add_argument("checkpoint", type=Path, help=".pth or .safetensors file")
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder to make")
+    parser.add_argument(
+        "--format",
+        required=True,
+        choices=("detr", "dino", "sgtr-vg150", "sgtr-openimages"),
+        help="what wrote the file",
+    )
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument(
+        "--vocabulary",
+        type=Path,
+        help='JSON with "labels" and "predicates", or the categories_dict.json of Open Images',
+    )
+    parser.add_argument(
+        "--network", default="teacher", choices=("teacher", "student"), help="of a full DINO file"
+    )
+    parser.add_argument("--backbone", type=Path, help="file of a DINO classifier's backbone")
 
 
 def _positive(text: str) -> int:

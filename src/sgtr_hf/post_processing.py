@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .boxes import box_cxcywh_to_xyxy, box_iou, scale_boxes
+from .boxes import box_cxcywh_to_xyxy, box_iou, generalized_box_iou, scale_boxes
 from .scene_graph import SceneGraph
 
 
@@ -22,6 +22,19 @@ ENTITY_THRESHOLD = 0.5
 TargetSizes = Tensor | Sequence[tuple[int, int]] | None
 
 
+class LegacyRules(NamedTuple):
+    """What the released SGTR does differently; docs/fidelity.md says what each rule changes."""
+
+    box_offset: float = 0.0
+    """Added to x2 and y2 before boxes are scaled, which are then not cut off at the border."""
+    self_overlap: bool = False
+    """Compare entities by the generalised IoU of corners read as centre and size."""
+    duplicate_ranking: bool = False
+    """Drop a duplicate only if a kept one has more after another factor of its entity scores."""
+    single_predicate: bool = False
+    """Take the best predicate of each query alone, as with the softmax head for Open Images."""
+
+
 class _Entities(NamedTuple):
     scores: Tensor
     """(B, N)."""
@@ -29,6 +42,13 @@ class _Entities(NamedTuple):
     """(B, N)."""
     boxes: Tensor
     """(B, N, 4) corners in pixels."""
+
+    def overlap(self, legacy: LegacyRules) -> Tensor:
+        """(B, N, N) how much each entity covers each other."""
+        if legacy.self_overlap:
+            boxes = box_cxcywh_to_xyxy(self.boxes, legacy.box_offset)
+            return generalized_box_iou(boxes[:, :, None], boxes[:, None])
+        return box_iou(self.boxes[:, :, None], self.boxes[:, None])
 
 
 class _Triplets(NamedTuple):
@@ -85,6 +105,7 @@ def find_scene_graphs(
     top_k: int = 100,
     graph_constraint: bool = False,
     names: tuple[Mapping[int, str] | None, Mapping[int, str] | None] = (None, None),
+    legacy: LegacyRules = LegacyRules(),  # noqa: B008 - immutable
 ) -> list[SceneGraph]:
     """Assemble triplets, rank them, drop what says the same twice, and return graphs.
 
@@ -99,6 +120,7 @@ def find_scene_graphs(
         top_k: Most relations a graph.
         graph_constraint: Keep only the best predicate of an ordered pair of entities.
         names: Of classes and of predicates.
+        legacy: Rules of the released SGTR to follow.
 
     Raises:
         ValueError: If outputs are not finite, or an argument is out of range.
@@ -106,10 +128,16 @@ def find_scene_graphs(
     _check_probability("threshold", threshold)
     if top_k < 1:
         raise ValueError(f"`top_k` must be at least 1, got {top_k}.")
-    entities = _read_entities(outputs["entity_probabilities"], outputs["pred_boxes"], target_sizes)
+    entities = _read_entities(
+        outputs["entity_probabilities"], outputs["pred_boxes"], target_sizes, legacy.box_offset
+    )
+    overlap = entities.overlap(legacy)
     predicates = outputs["predicate_probabilities"]
-    triplets = _assemble(entities, predicates, outputs["subject_scores"], outputs["object_scores"])
-    kept = _keep_first_of_duplicates(entities, triplets)
+    candidates = _choose_predicates(predicates, legacy)
+    triplets = _assemble(
+        entities, overlap, candidates, (outputs["subject_scores"], outputs["object_scores"])
+    )
+    kept = _keep_first_of_duplicates(entities, overlap, triplets, legacy)
     if graph_constraint:
         kept &= ~(_same_pair(triplets) & _is_earlier(kept)).any(-1)
     kept &= triplets.score >= max(threshold, 0.0)
@@ -128,12 +156,16 @@ def find_scene_graphs(
 
 
 def _read_entities(
-    probabilities: Tensor, pred_boxes: Tensor, target_sizes: TargetSizes
+    probabilities: Tensor,
+    pred_boxes: Tensor,
+    target_sizes: TargetSizes,
+    legacy_box_offset: float = 0.0,
 ) -> _Entities:
     scores, labels = probabilities.float().max(dim=-1)
-    boxes = box_cxcywh_to_xyxy(pred_boxes.float())
-    # A NaN stays one, so that it is found below.
-    boxes = torch.minimum(torch.maximum(boxes, boxes.new_zeros(())), boxes.new_ones(()))
+    boxes = box_cxcywh_to_xyxy(pred_boxes.float(), legacy_box_offset)
+    if not legacy_box_offset:
+        # A NaN stays one, so that it is found below.
+        boxes = torch.minimum(torch.maximum(boxes, boxes.new_zeros(())), boxes.new_ones(()))
     if target_sizes is not None:
         sizes = torch.as_tensor(np.asarray(_size_list(target_sizes)), device=boxes.device)
         if len(sizes) != len(boxes):
@@ -145,33 +177,37 @@ def _read_entities(
     return _Entities(scores, labels, boxes)
 
 
-def _assemble(
-    entities: _Entities, predicates: Tensor, subject_scores: Tensor, object_scores: Tensor
-) -> _Triplets:
-    """Link the likeliest predicates to their best entities, rank with rank, best first."""
+def _choose_predicates(predicates: Tensor, legacy: LegacyRules) -> tuple[Tensor, Tensor, Tensor]:
+    """Return score, query and predicate, each (B, Q), of the likeliest candidates."""
     _, num_queries, num_predicates = predicates.shape
+    if legacy.single_predicate:
+        scores, best = predicates.float().max(dim=-1)
+        return scores, torch.arange(num_queries, device=best.device).expand_as(best), best
+    scores, cells = predicates.float().flatten(1).topk(num_queries)
+    return scores, cells // num_predicates, cells % num_predicates
+
+
+def _assemble(
+    entities: _Entities,
+    overlap: Tensor,
+    candidates: tuple[Tensor, Tensor, Tensor],
+    assembling_scores: tuple[Tensor, Tensor],
+) -> _Triplets:
+    """Link the candidates to their best entities, rank with rank, best first."""
     links = min(LINKS, entities.scores.shape[1])
-    predicate_scores, candidates = predicates.float().flatten(1).topk(num_queries)
-    query, predicate = candidates // num_predicates, candidates % num_predicates
     linked = []
-    for scores in (subject_scores, object_scores):
+    for scores in assembling_scores:
         best = scores.topk(links, dim=-1).indices
-        linked.append(best.gather(1, query[..., None].expand(-1, -1, links)).flatten(1))
+        linked.append(best.gather(1, candidates[1][..., None].expand(-1, -1, links)).flatten(1))
     subject, object_ = linked
-    score = predicate_scores.repeat_interleave(links, dim=1)
+    score, query, predicate = (field.repeat_interleave(links, dim=1) for field in candidates)
     score = score * entities.scores.gather(1, subject) * entities.scores.gather(1, object_)
-    overlap = box_iou(_boxes_of(entities, subject), _boxes_of(entities, object_))
-    is_one_thing = (subject == object_) | (overlap >= SAME_ENTITY_IOU)
+    image = torch.arange(len(overlap), device=overlap.device)[:, None]
+    is_one_thing = (subject == object_) | (overlap[image, subject, object_] >= SAME_ENTITY_IOU)
     score = torch.where(is_one_thing, -1.0, score)
     score, order = score.sort(dim=-1, descending=True, stable=True)
-    predicate, query = (
-        field.repeat_interleave(links, dim=1).gather(1, order) for field in (predicate, query)
-    )
-    return _Triplets(subject.gather(1, order), object_.gather(1, order), predicate, query, score)
-
-
-def _boxes_of(entities: _Entities, indices: Tensor) -> Tensor:
-    return entities.boxes.gather(1, indices[..., None].expand(-1, -1, 4))
+    fields = (subject, object_, predicate, query)
+    return _Triplets(*(field.gather(1, order) for field in fields), score)
 
 
 def _same_pair(triplets: _Triplets) -> Tensor:
@@ -187,25 +223,30 @@ def _is_earlier(kept: Tensor) -> Tensor:
     return earlier & kept[:, None]
 
 
-def _keep_first_of_duplicates(entities: _Entities, triplets: _Triplets) -> Tensor:
+def _keep_first_of_duplicates(
+    entities: _Entities, overlap: Tensor, triplets: _Triplets, legacy: LegacyRules
+) -> Tensor:
     """(B, M), False where a kept triplet before it says the same.
 
     Two say the same if the predicate is the same and either both entities are, or their classes
     are and their boxes nearly. Deciding one after the other depends on the decisions before; all
     are decided at once instead, again and again until nothing changes, which gives the same.
     """
-    overlap = box_iou(entities.boxes[:, :, None], entities.boxes[:, None])
     is_alike = (overlap > DUPLICATE_IOU) & (entities.labels[:, :, None] == entities.labels[:, None])
     image = torch.arange(len(overlap), device=overlap.device)[:, None, None]
     subjects_alike = is_alike[image, triplets.subject[:, :, None], triplets.subject[:, None]]
     objects_alike = is_alike[image, triplets.object[:, :, None], triplets.object[:, None]]
-    says_the_same = (_same_pair(triplets) | (subjects_alike & objects_alike)) & (
+    outdoes = (_same_pair(triplets) | (subjects_alike & objects_alike)) & (
         triplets.predicate[:, :, None] == triplets.predicate[:, None]
     )
+    if legacy.duplicate_ranking:
+        rank = triplets.score * entities.scores.gather(1, triplets.subject)
+        rank = rank * entities.scores.gather(1, triplets.object)
+        outdoes &= rank[:, None] > rank[:, :, None]
     possible = triplets.score >= 0
     kept = possible
     for _ in range(kept.shape[1]):
-        decided = possible & ~(says_the_same & _is_earlier(kept)).any(-1)
+        decided = possible & ~(outdoes & _is_earlier(kept)).any(-1)
         if torch.equal(decided, kept):
             break
         kept = decided

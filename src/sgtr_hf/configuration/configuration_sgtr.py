@@ -29,6 +29,7 @@ class SgtrConfig(PreTrainedConfig):
         dropout: Its dropout.
         activation_function: Activation of its feed-forward blocks.
         norm_first: Pre-norm layers, as released.
+        layer_norm_eps: Added to the variance in layer norms.
         dynamic_queries: Compose the queries from the entity nodes of the image; else they start
             from zeros.
         entity_box_embedding: Add a learned map of the sine embedding of their boxes to the entity
@@ -86,6 +87,7 @@ class SgtrConfig(PreTrainedConfig):
     dropout: float | int = 0.1
     activation_function: str = "relu"
     norm_first: bool = True
+    layer_norm_eps: float = 1e-5
     dynamic_queries: bool = True
     entity_box_embedding: bool = True
     predicate_classification: Literal["focal", "softmax"] = "focal"

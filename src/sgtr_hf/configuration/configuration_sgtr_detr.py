@@ -32,6 +32,7 @@ class SgtrDetrConfig(PreTrainedConfig):
         dropout: Dropout of attention weights, of residual branches and inside feed-forward blocks.
         activation_function: Activation of the feed-forward blocks.
         norm_first: Pre-norm layers instead of the paper's post-norm.
+        layer_norm_eps: Added to the variance in layer norms.
         query_type: "learned" is the paper's; "anchors" are 4-D boxes refined level by level
             (DAB-DETR, Liu et al. 2022), which converge on small data.
         num_queries: Entity queries: the most entities an image can have.
@@ -85,6 +86,7 @@ class SgtrDetrConfig(PreTrainedConfig):
     dropout: float | int = 0.1
     activation_function: str = "relu"
     norm_first: bool = False
+    layer_norm_eps: float = 1e-5
     query_type: Literal["learned", "anchors"] = "learned"
     num_queries: int = 100
     position_temperature: float | int = 10000.0

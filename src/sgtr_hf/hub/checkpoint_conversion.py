@@ -1,278 +1,439 @@
 """Brings checkpoints of the original implementations into this package's layout.
 
-A key table is a list of (pattern, replacement) pairs on names. Packed attention weights are split,
-aliases of one tensor are checked against each other, and every leftover is an error: a conversion
-never loses a weight in silence.
+A conversion never loses a weight in silence: every tensor of the file is used, or known to have no
+use, and every tensor of the model is filled, or the conversion fails and names what is wrong.
 """
 
+import argparse
+import json
+import pickle
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
-from transformers import ResNetConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import BaseImageProcessor, PreTrainedModel, ResNetConfig
 
+from ..configuration.configuration_dino_vit import DinoVitConfig
 from ..configuration.configuration_sgtr import SgtrConfig
 from ..configuration.configuration_sgtr_detr import SgtrDetrConfig
+from ..image_processing.image_processing_dino_vit import DinoVitImageProcessor
+from ..image_processing.image_processing_sgtr import SgtrImageProcessor
+from ..modeling.modeling_dino_vit import DinoVitForImageClassification, DinoVitModel
+from ..modeling.modeling_sgtr import SgtrForSceneGraphGeneration
+from ..modeling.modeling_sgtr_detr import SgtrDetrForObjectDetection
+from . import checkpoint_formats as formats
+from .checkpoint_filling import (
+    ConversionReport,
+    RenamedWeights,
+    Weights,
+    fill,
+    list_names,
+    rename,
+    unwrap,
+)
 
 
-Rules = Sequence[tuple[str, str]]
-
-_ATTENTION_RULES: Rules = (
-    (r"(self_attn|multihead_attn)\.out_proj\.", r"\1.output_projection."),
-    (r"(self_attn|multihead_attn)\.(query|key|value)\.", r"\1.\2_projection."),
-    (r"\.self_attn\.", ".self_attention."),
-    (r"\.multihead_attn\.", ".cross_attention."),
-    (r"\.linear1\.", ".feed_forward.expansion."),
-    (r"\.linear2\.", ".feed_forward.contraction."),
-)
-# The number of a norm says its role, which differs between encoder and decoder layers.
-_ENCODER_NORM_RULES: Rules = (
-    (r"\.norm1\.", ".self_attention_norm."),
-    (r"\.norm2\.", ".feed_forward_norm."),
-)
-_DECODER_NORM_RULES: Rules = (
-    (r"\.norm1\.", ".self_attention_norm."),
-    (r"\.norm2\.", ".cross_attention_norm."),
-    (r"\.norm3\.", ".feed_forward_norm."),
-)
-_DETECTOR_RULES: Rules = (
-    (r"^transformer\.encoder\.layers\.", "model.encoder_layers."),
-    (r"^transformer\.decoder\.layers\.", "model.decoder.layers."),
-    (r"^transformer\.decoder\.norm\.", "model.decoder.norm."),
-    (r"^input_proj\.", "model.input_projections.0."),
-    (r"^query_embed\.", "model.query_embedding."),
-    (r"^class_embed\.", "class_head."),
-    (r"^bbox_embed\.", "model.decoder.box_head."),
-)
-_TORCHVISION_RESNET_RULES: Rules = (
-    (r"^backbone\.0\.body\.conv1\.", "model.backbone.embedder.embedder.convolution."),
-    (r"^backbone\.0\.body\.bn1\.", "model.backbone.embedder.embedder.normalization."),
-    (r"^backbone\.0\.body\.layer(\d)\.(\d+)\.", r"model.backbone.encoder.stages.<\1>.layers.\2."),
-    (r"\.downsample\.0\.", ".shortcut.convolution."),
-    (r"\.downsample\.1\.", ".shortcut.normalization."),
-    (r"(layers\.\d+)\.conv(\d)\.", r"\1.layer.<\2>.convolution."),
-    (r"(layers\.\d+)\.bn(\d)\.", r"\1.layer.<\2>.normalization."),
-)
-_CVPODS_RESNET_RULES: Rules = (
-    (r"^backbone\.stem\.conv1\.norm\.", "model.backbone.embedder.embedder.normalization."),
-    (r"^backbone\.stem\.conv1\.", "model.backbone.embedder.embedder.convolution."),
-    (r"^backbone\.res(\d)\.(\d+)\.", r"model.backbone.encoder.stages.<<\1>>.layers.\2."),
-    (r"\.shortcut\.norm\.", ".shortcut.normalization."),
-    (r"\.shortcut\.(weight)", r".shortcut.convolution.\1"),
-    (r"(layers\.\d+)\.conv(\d)\.norm\.", r"\1.layer.<\2>.normalization."),
-    (r"(layers\.\d+)\.conv(\d)\.(weight)", r"\1.layer.<\2>.convolution.\3"),
-)
-_RELATION_RULES: Rules = (
-    (r"^relation_decoder\.encoder\.", "generator.encoder."),
-    (r"^relation_decoder\.predicate_decoder\.layers\.", "generator.decoder.predicate_layers."),
-    (r"^relation_decoder\.entities_aware_decoder\.layers\.", "generator.decoder.object_layers."),
-    (r"^relation_decoder\.rel_ent_crs_decoder_layers_sub\.", "generator.decoder.subject_layers."),
-    (r"^relation_decoder\.rel_decoder_norm\.", "generator.decoder.predicate_norm."),
-    (r"^relation_decoder\.rel_ent_crs_decoder_norm\.", "generator.decoder.indicator_norm."),
-    (r"^relation_decoder\.ent_rel_fuse_fc_sub\.0\.", "generator.decoder.subject_fusion."),
-    (r"^relation_decoder\.ent_rel_fuse_fc_obj\.0\.", "generator.decoder.object_fusion."),
-    (r"^relation_decoder\.rel_query_embed\.", "generator.predicate_query_embedding."),
-    (r"^relation_decoder\.rel_query_embed_sub\.", "generator.subject_query_embedding."),
-    (r"^relation_decoder\.rel_query_embed_obj\.", "generator.object_query_embedding."),
-    (r"^relation_decoder\.rel_q_gen\.layers\.0\.", "generator.compositional_queries.layer."),
-    (r"^relation_decoder\.rel_q_gen\.norm\.", "generator.compositional_queries.norm."),
-    (
-        r"^relation_decoder\.ent_pos_sine_proj\.",
-        "generator.compositional_queries.position_projection.",
-    ),
-    (r"^relation_decoder\.split_query\.1\.", "generator.compositional_queries.split."),
-    (r"^generator\.", "model.predicate_node_generator."),
-    (r"^rel_class_embed\.", "predicate_head."),
-    (r"^rel_vector_embed\.", "relation_vector_head."),
-    (r"^sub_class_embed\.0\.", "subject_class_head."),
-    (r"^obj_class_embed\.0\.", "object_class_head."),
-    (r"^sub_bbox_embed\.0\.", "subject_box_head."),
-    (r"^obj_bbox_embed\.0\.", "object_box_head."),
-)
-# Names of one tensor in a released SGTR checkpoint: (alias, name that the tables know).
-_SGTR_ALIASES: Rules = (
-    (r"^relation_decoder\.(sub|obj)_(class|bbox)_embed\.", r"\1_\2_embed.0."),
-    (r"^(sub|obj)_(class|bbox)_embed\.\d+\.", r"\1_\2_embed.0."),
-    (
-        r"^relation_decoder\.predicate_sub_decoder_layers\.",
-        "relation_decoder.predicate_decoder.layers.",
-    ),
-    (
-        r"^relation_decoder\.rel_ent_crs_decoder_layers_obj\.",
-        "relation_decoder.entities_aware_decoder.layers.",
-    ),
-)
-# Parameters that never got a gradient, and buffers that follow from the configuration.
-_SGTR_UNUSED = re.compile(
-    r"^rel_query_embed\.|^rel_query_pos_embed\.|^rel_input_proj\.|empty_weight$"
-    r"|^relation_decoder\.(predicate_decoder\.norm|entities_aware_decoder\.norm"
-    r"|coord_points_embed|logits_embed|ent_pred_fuse_lyrnorm)\."
-)
-_DETR_UNUSED = re.compile(r"empty_weight$")
+# Settings in which the release's two configurations differ.
+_SGTR_SETTINGS: dict[str, dict[str, Any]] = {
+    "sgtr-vg150": {
+        "vocabulary": "vg150",
+        "num_predicates": 50,
+        "predicate_classification": "focal",
+        "entity_weights": {"box_loss_weight": 1.0, "giou_loss_weight": 1.0},
+        "relation_weights": {},
+        "size": {"shortest_edge": 600, "longest_edge": 1000},
+    },
+    "sgtr-openimages": {
+        # The order of its names is in the data set's own categories_dict.json.
+        "vocabulary": None,
+        "num_predicates": 30,
+        "predicate_classification": "softmax",
+        "entity_weights": {},
+        "relation_weights": {
+            "training_assembling_top_k": 40,
+            "relation_vector_cost_weight": 1.0,
+            "entity_giou_cost_weight": 1.25,
+            "assembling_cost_weight": 0.0,
+            "indicator_box_loss_weight": 0.3,
+            "indicator_giou_loss_weight": 0.3,
+        },
+        "size": {"shortest_edge": 720, "longest_edge": 1000},
+    },
+}
 
 
 class ConvertedCheckpoint(NamedTuple):
-    """A configuration and the weights that fit it."""
+    """A model with the weights of the file, and the image processor that goes with it."""
 
-    config: SgtrDetrConfig | SgtrConfig
-    state_dict: dict[str, Tensor]
+    model: PreTrainedModel
+    image_processor: BaseImageProcessor
+    report: ConversionReport
 
 
-def convert_detr_checkpoint(
-    state_dict: Mapping[str, Any], id2label: dict[int, str] | None = None
-) -> ConvertedCheckpoint:
-    """Convert a DETR checkpoint of facebookresearch/detr (ResNet, no dilation, no masks).
+class Vocabulary(NamedTuple):
+    """Names of classes and of predicates, from 0 and without background; None if not known."""
 
-    Args:
-        state_dict: Its weights by name, or the file's dictionary with a "model" entry.
-        id2label: Names of the classes; numbered ones if None.
+    labels: Sequence[str] | None = None
+    predicates: Sequence[str] | None = None
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a .pth or .safetensors file without executing anything in it.
 
     Raises:
-        ValueError: If a name is not known, or the sizes do not belong to a DETR.
+        ValueError: If it is missing, broken, or holds more than tensors and plain settings.
     """
-    weights = _prepare(state_dict, aliases=(), unused=_DETR_UNUSED)
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"There is no checkpoint file {path}.")
+    try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        # Full checkpoints hold the settings of their training as a Namespace.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, EOFError, OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint (truncated, or not one): {reason}"
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a dictionary of tensors, got {type(content).__name__}.")
+    return content
+
+
+def read_vocabulary(path: str | Path) -> Vocabulary:
+    """Read names from JSON: {"labels": [...], "predicates": [...]}, or Open Images' {"obj", "rel"}.
+
+    Raises:
+        ValueError: If the file has neither.
+    """
+    try:
+        entries = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The vocabulary {path} cannot be read: {error}") from error
+    names = entries if isinstance(entries, dict) else {}
+    vocabulary = Vocabulary(
+        names.get("labels", names.get("obj")), names.get("predicates", names.get("rel"))
+    )
+    if vocabulary == Vocabulary():
+        raise ValueError(f'The vocabulary {path} must hold "labels" and "predicates" as lists.')
+    return vocabulary
+
+
+def convert_checkpoint(
+    entries: Mapping[str, Any],
+    checkpoint_format: str,
+    *,
+    vocabulary: Vocabulary | None = None,
+    network: Literal["teacher", "student"] = "teacher",
+    backbone: Mapping[str, Any] | None = None,
+) -> ConvertedCheckpoint:
+    """Convert the content of a checkpoint file.
+
+    Args:
+        entries: Its content, see `read_checkpoint`.
+        checkpoint_format: A key of `FORMATS`.
+        vocabulary: Names of classes and predicates; those of the data set where they are known.
+        network: Which network of a full DINO checkpoint.
+        backbone: Content of the backbone's file, for the weights of a DINO classifier alone.
+
+    Raises:
+        ValueError: If the content is not of this format, or a tensor is unknown, missing or of
+            another shape.
+    """
+    if checkpoint_format not in FORMATS:
+        raise ValueError(
+            f"`format` must be one of {', '.join(FORMATS)}, got {checkpoint_format!r}."
+        )
+    if checkpoint_format == "dino":
+        return _convert_dino(entries, vocabulary or Vocabulary(), network, backbone)
+    weights = unwrap(entries, "model")
+    _check_format(weights, checkpoint_format)
+    return FORMATS[checkpoint_format](weights, vocabulary)
+
+
+def convert_file(
+    checkpoint: str | Path,
+    output: str | Path,
+    checkpoint_format: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    vocabulary: str | Path | None = None,
+    network: Literal["teacher", "student"] = "teacher",
+    backbone: str | Path | None = None,
+) -> ConversionReport:
+    """Convert a file into a folder that `AutoModel.from_pretrained` reads.
+
+    Args:
+        checkpoint: A .pth or .safetensors file.
+        output: A folder that does not exist yet; it is written whole or not at all.
+        checkpoint_format: A key of `FORMATS`.
+        dtype: Of the stored weights.
+        vocabulary: JSON file with names, see `read_vocabulary`.
+        network: Which network of a full DINO checkpoint.
+        backbone: The backbone's file, for the weights of a DINO classifier alone.
+
+    Raises:
+        ValueError: If the file does not convert, or the folder is there already.
+    """
+    output = Path(output)
+    if output.exists():
+        raise ValueError(f"The output folder {output} exists already; name a new one.")
+    converted = convert_checkpoint(
+        read_checkpoint(checkpoint),
+        checkpoint_format,
+        vocabulary=None if vocabulary is None else read_vocabulary(vocabulary),
+        network=network,
+        backbone=None if backbone is None else read_checkpoint(backbone),
+    )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    try:
+        converted.model.to(dtype).save_pretrained(unfinished)
+        converted.image_processor.save_pretrained(unfinished)
+        # Made for its owner alone, as temporary folders are.
+        unfinished.chmod(0o755)
+        unfinished.rename(output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return converted.report
+
+
+def _convert_detr(weights: Weights, vocabulary: Vocabulary | None) -> ConvertedCheckpoint:
+    names = vocabulary or _known_vocabulary("coco", weights["class_embed.weight"].shape[0] - 1)
     config = SgtrDetrConfig(
         backbone_config=_resnet_config(weights, r"^backbone\.0\.body\.layer(\d)\.(\d+)\.conv1", 1),
         **_detector_sizes(weights),
-        **_label_names(weights, id2label),
+        id2label=_number("labels", names.labels, weights["class_embed.weight"].shape[0] - 1),
     )
-    rules = (*_TORCHVISION_RESNET_RULES, *_DETECTOR_RULES)
-    return ConvertedCheckpoint(config, _rename_all(weights, rules))
+    model = SgtrDetrForObjectDetection(config)
+    return ConvertedCheckpoint(
+        model, SgtrImageProcessor(), fill(model, rename(weights, formats.DETR))
+    )
 
 
-def convert_sgtr_checkpoint(
-    state_dict: Mapping[str, Any],
-    id2label: dict[int, str] | None = None,
-    id2predicate: dict[int, str] | None = None,
+def _convert_sgtr(
+    name: str, weights: Weights, vocabulary: Vocabulary | None
 ) -> ConvertedCheckpoint:
-    """Convert a released SGTR checkpoint for Visual Genome; its quirks are switched on.
-
-    Args:
-        state_dict: Its weights by name, or the file's dictionary with a "model" entry.
-        id2label: Names of the entity classes; numbered ones if None.
-        id2predicate: Names of the predicates, without background; numbered ones if None.
-
-    Raises:
-        ValueError: If a name is not known, aliases of one tensor differ, or the sizes do not
-            belong to an SGTR.
-    """
-    weights = _prepare(state_dict, aliases=_SGTR_ALIASES, unused=_SGTR_UNUSED)
-    backbone = _resnet_config(weights, r"^backbone\.res(\d)\.(\d+)\.conv1\.weight", 2)
-    # The MSRA ResNets stride in the first 1x1 convolution of a block.
-    backbone.downsample_in_bottleneck = True
-    detector = SgtrDetrConfig(
-        backbone_config=backbone,
-        legacy_box_offset=1e-3,
-        legacy_unweighted_auxiliary_losses=True,
-        box_loss_weight=1.0,
-        giou_loss_weight=1.0,
-        **_detector_sizes(weights),
-        **_label_names(weights, id2label),
+    settings = _SGTR_SETTINGS[name]
+    renamed = rename(weights, formats.SGTR)
+    names = vocabulary or _known_vocabulary(
+        settings["vocabulary"], weights["class_embed.weight"].shape[0] - 1
     )
-    num_predicates = weights["rel_class_embed.weight"].shape[0]
+    detector_alone = "relation_decoder.rel_query_embed.weight" not in weights
     config = SgtrConfig(
-        detector_config=detector,
-        id2predicate=id2predicate or {i: f"PREDICATE_{i}" for i in range(num_predicates)},
-        num_predicate_queries=weights["relation_decoder.rel_query_embed.weight"].shape[0],
-        predicate_encoder_layers=_count(weights, r"^relation_decoder\.encoder\.layers\.(\d+)\."),
-        predicate_decoder_layers=_count(
-            weights, r"^relation_decoder\.predicate_decoder\.layers\.(\d+)\."
+        detector_config=_sgtr_detector_config(weights, names, settings),
+        **(
+            {"id2predicate": _number("predicates", names.predicates, settings["num_predicates"])}
+            if detector_alone
+            else _relation_sizes(weights, names, settings["predicate_classification"])
         ),
-        feed_forward_dim=weights["relation_decoder.encoder.layers.0.linear1.weight"].shape[0],
+        predicate_classification=settings["predicate_classification"],
         entity_box_embedding=False,
         legacy_pixel_distance=True,
         legacy_triplet_matching=True,
         legacy_focal_normalization=True,
+        **settings["relation_weights"],
     )
-    rules = (*_CVPODS_RESNET_RULES, *_DETECTOR_RULES)
-    is_relation = re.compile(r"^(relation_decoder\.|rel_|(sub|obj)_(class|bbox)_embed\.)")
-    detector_weights = {k: v for k, v in weights.items() if not is_relation.match(k)}
-    relation_weights = {k: v for k, v in weights.items() if is_relation.match(k)}
-    converted = {
-        f"model.detector.{name}": tensor
-        for name, tensor in _rename_all(detector_weights, rules).items()
+    model = SgtrForSceneGraphGeneration(config)
+    if detector_alone:
+        renamed.tensors.update(_indicator_heads(renamed.tensors))
+    image_processor = SgtrImageProcessor(
+        size=settings["size"],
+        channel_order="bgr",
+        do_rescale=False,
+        image_mean=[103.53, 116.28, 123.675],
+        image_std=[1.0, 1.0, 1.0],
+        legacy_box_offset=1e-3,
+        legacy_self_overlap=True,
+        legacy_duplicate_ranking=True,
+        legacy_single_predicate=settings["predicate_classification"] == "softmax",
+    )
+    is_new = re.compile(r"predicate|relation_vector") if detector_alone else None
+    return ConvertedCheckpoint(model, image_processor, fill(model, renamed, is_new))
+
+
+def _sgtr_detector_config(
+    weights: Weights, names: Vocabulary, settings: Mapping[str, Any]
+) -> SgtrDetrConfig:
+    backbone = _resnet_config(weights, r"^backbone\.res(\d)\.(\d+)\.conv1\.weight", 2)
+    # The MSRA ResNets stride in the first 1x1 convolution of a block.
+    backbone.downsample_in_bottleneck = True
+    return SgtrDetrConfig(
+        backbone_config=backbone,
+        legacy_box_offset=1e-3,
+        legacy_unweighted_auxiliary_losses=True,
+        **settings["entity_weights"],
+        **_detector_sizes(weights),
+        id2label=_number("labels", names.labels, weights["class_embed.weight"].shape[0] - 1),
+    )
+
+
+def _relation_sizes(weights: Weights, names: Vocabulary, classification: str) -> dict[str, Any]:
+    rows = weights["rel_class_embed.weight"].shape[0]
+    num_predicates = rows - (classification == "softmax")
+    return {
+        "id2predicate": _number("predicates", names.predicates, num_predicates),
+        "num_predicate_queries": weights["relation_decoder.rel_query_embed.weight"].shape[0],
+        "predicate_encoder_layers": _count(weights, r"^relation_decoder\.encoder\.layers\.(\d+)\."),
+        "predicate_decoder_layers": _count(
+            weights, r"^relation_decoder\.rel_ent_crs_decoder_layers_sub\.(\d+)\."
+        ),
+        "feed_forward_dim": weights["relation_decoder.encoder.layers.0.linear1.weight"].shape[0],
     }
-    converted |= _rename_all(relation_weights, _RELATION_RULES)
-    return ConvertedCheckpoint(config, converted)
 
 
-def _prepare(
-    state_dict: Mapping[str, Any], aliases: Rules, unused: re.Pattern[str]
-) -> dict[str, Tensor]:
-    """Unwrap the file, merge aliases, drop what has no use."""
-    entries = state_dict.get("model", state_dict)
-    weights: dict[str, Tensor] = {}
-    for original, tensor in entries.items():
-        name = _rename(original.removeprefix("module."), aliases)
-        if unused.search(name):
-            continue
-        if name in weights and not torch.equal(weights[name], tensor):
-            raise ValueError(
-                f"`{original}` should be the same tensor as `{name}` but differs; "
-                "the checkpoint was not written by the released code."
-            )
-        weights[name] = tensor
+def _indicator_heads(detector: Weights) -> Weights:
+    """Start both indicators as copies of the detector's heads, as the release does."""
+    heads = {
+        "model.detector.class_head.": "class_head.",
+        "model.detector.model.decoder.box_head.": "box_head.",
+    }
+    return {
+        f"{role}_{target}{name.removeprefix(source)}": tensor
+        for source, target in heads.items()
+        for name, tensor in detector.items()
+        if name.startswith(source)
+        for role in ("subject", "object")
+    }
+
+
+def _convert_dino(
+    entries: Mapping[str, Any],
+    vocabulary: Vocabulary,
+    network: str,
+    backbone: Mapping[str, Any] | None,
+) -> ConvertedCheckpoint:
+    classifier = unwrap(entries, "state_dict")
+    if "linear.weight" in classifier:
+        return _convert_dino_classifier(classifier, vocabulary, network, backbone)
+    weights = _dino_backbone(entries, network)
+    model = DinoVitModel(_dino_config(weights))
+    report = fill(model, rename(weights, formats.DINO))
+    return ConvertedCheckpoint(model, DinoVitImageProcessor(), report)
+
+
+def _convert_dino_classifier(
+    classifier: Weights,
+    vocabulary: Vocabulary,
+    network: str,
+    backbone: Mapping[str, Any] | None,
+) -> ConvertedCheckpoint:
+    if backbone is None:
+        raise ValueError(
+            "The file holds the weights of a linear classifier alone; give the file of its "
+            "backbone with `--backbone`."
+        )
+    weights = _dino_backbone(backbone, network)
+    config = _dino_config(weights)
+    rows, columns = classifier["linear.weight"].shape
+    num_vectors, remainder = divmod(columns, config.d_model)
+    if remainder or not num_vectors:
+        raise ValueError(
+            f"`linear.weight` has {columns} columns, which a backbone of width {config.d_model} "
+            "cannot fill; is it the backbone of another model?"
+        )
+    # Base models show it class token and mean patch, small ones the class tokens of four layers.
+    config.classify_patch_mean = num_vectors == 2  # noqa: PLR2004
+    config.num_classification_layers = 1 if config.classify_patch_mean else num_vectors
+    config.id2label = _number("labels", vocabulary.labels, rows)
+    config.label2id = {name: index for index, name in config.id2label.items()}
+    model = DinoVitForImageClassification(config)
+    renamed = rename(weights, formats.DINO)
+    linear = rename(classifier, formats.DINO_CLASSIFIER)
+    tensors = {f"model.{name}": tensor for name, tensor in renamed.tensors.items()}
+    both = RenamedWeights(
+        tensors | linear.tensors, renamed.used + linear.used, renamed.unused + linear.unused
+    )
+    return ConvertedCheckpoint(model, DinoVitImageProcessor(), fill(model, both))
+
+
+def _dino_backbone(entries: Mapping[str, Any], network: str) -> Weights:
+    weights = unwrap(entries, network)
+    weights = {name.removeprefix("backbone."): tensor for name, tensor in weights.items()}
+    _check_format(weights, "dino")
     return weights
 
 
-def _rename_all(weights: Mapping[str, Tensor], rules: Rules) -> dict[str, Tensor]:
-    converted: dict[str, Tensor] = {}
-    for original, tensor in weights.items():
-        for name, part in _split_attention(original, tensor):
-            norms = _DECODER_NORM_RULES if "decoder" in name else _ENCODER_NORM_RULES
-            if ".encoder.layers." in name:
-                norms = _ENCODER_NORM_RULES
-            elif "rel_q_gen" in name:
-                norms = _DECODER_NORM_RULES
-            in_transformer = re.search(r"\.layers\.\d+\.|layers_(sub|obj)\.\d+\.", name)
-            is_backbone = name.startswith("backbone.")
-            layer_rules = (*norms, *_ATTENTION_RULES) if in_transformer and not is_backbone else ()
-            renamed = _rename(name, (*layer_rules, *rules))
-            if renamed == original:
-                raise ValueError(f"`{original}` is not a weight of this kind of checkpoint.")
-            converted[_shift_indices(renamed)] = part
-    counters = {
-        name.replace("running_mean", "num_batches_tracked"): torch.tensor(0)
-        for name in converted
-        if name.endswith("running_mean")
-    }
-    return converted | counters
+def _dino_config(weights: Weights) -> DinoVitConfig:
+    width, channels, patch_size, _ = weights["patch_embed.proj.weight"].shape
+    side = round((weights["pos_embed"].shape[1] - 1) ** 0.5)
+    return DinoVitConfig(
+        image_size=side * patch_size,
+        patch_size=patch_size,
+        num_channels=channels,
+        d_model=width,
+        num_hidden_layers=_count(weights, r"^blocks\.(\d+)\."),
+        # Of 64 numbers in all released models.
+        num_attention_heads=width // 64,
+        feed_forward_dim=weights["blocks.0.mlp.fc1.weight"].shape[0],
+    )
 
 
-def _rename(name: str, rules: Rules) -> str:
-    for pattern, replacement in rules:
-        name = re.sub(pattern, replacement, name)
-    return name
+# A name that only files of a format have.
+_SIGNATURES = {
+    "detr": re.compile(r"^backbone\.0\.body\."),
+    "dino": re.compile(r"^patch_embed\.proj\."),
+    "sgtr": re.compile(r"^backbone\.(stem|res\d)\."),
+}
+FORMATS: dict[str, Callable[[Weights, Vocabulary | None], ConvertedCheckpoint]] = {
+    "detr": _convert_detr,
+    "dino": lambda weights, names: _convert_dino(weights, names or Vocabulary(), "teacher", None),
+    "sgtr-vg150": lambda weights, names: _convert_sgtr("sgtr-vg150", weights, names),
+    "sgtr-openimages": lambda weights, names: _convert_sgtr("sgtr-openimages", weights, names),
+}
 
 
-def _shift_indices(name: str) -> str:
-    """Resolve <n> to n - 1 and <<n>> to n - 2: originals count stages from 1 or 2."""
-    name = re.sub(r"<<(\d+)>>", lambda found: str(int(found[1]) - 2), name)
-    return re.sub(r"<(\d+)>", lambda found: str(int(found[1]) - 1), name)
+def _check_format(weights: Weights, checkpoint_format: str) -> None:
+    """Say what the file seems to be if it is something else."""
+    family = checkpoint_format.partition("-")[0]
+    found = _likely_format(weights)
+    if found is None or found.partition("-")[0] != family:
+        likely = f"it looks like `{found}`" if found else "it looks like none of the known formats"
+        raise ValueError(
+            f"The file is not of the format `{checkpoint_format}`: {likely}. Its first names are "
+            f"{list_names(list(weights))}."
+        )
+    if "-" in found and found != checkpoint_format:
+        raise ValueError(
+            f"The file is not of the format `{checkpoint_format}`: its predicate head has "
+            f"{'a' if found == 'sgtr-openimages' else 'no'} background, as `{found}` has."
+        )
 
 
-def _split_attention(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-    """Cut packed query, key and value projections, in this order, apart."""
-    if "in_proj_" not in name:
-        return [(name, tensor)]
-    return [
-        (name.replace("in_proj_", f"{role}."), part.clone())
-        for role, part in zip(("query", "key", "value"), tensor.chunk(3), strict=True)
-    ]
+def _likely_format(weights: Weights) -> str | None:
+    families = (
+        family
+        for family, pattern in _SIGNATURES.items()
+        if any(pattern.match(name) for name in weights)
+    )
+    family = next(families, None)
+    background = weights.get("rel_criterion.empty_weight")
+    if family != "sgtr" or background is None or "rel_class_embed.weight" not in weights:
+        return family
+    # One weight a predicate and one for background.
+    has_background = len(background) == len(weights["rel_class_embed.weight"])
+    return "sgtr-openimages" if has_background else "sgtr-vg150"
 
 
-def _count(weights: Mapping[str, Tensor], pattern: str) -> int:
+def _count(weights: Weights, pattern: str) -> int:
     found = {int(match[1]) for name in weights if (match := re.match(pattern, name))}
     if not found:
-        raise ValueError(f"The checkpoint has no weight like `{pattern}`; is it of this kind?")
+        raise ValueError(
+            f"The checkpoint is damaged or of another model: nothing like `{pattern}`."
+        )
     return max(found) + 1
 
 
-def _resnet_config(
-    weights: Mapping[str, Tensor], block_pattern: str, first_stage: int
-) -> ResNetConfig:
+def _resnet_config(weights: Weights, block_pattern: str, first_stage: int) -> ResNetConfig:
     blocks = [match.groups() for name in weights if (match := re.match(block_pattern, name))]
     if not blocks:
         raise ValueError("The checkpoint has no ResNet backbone; only those can be converted.")
@@ -283,7 +444,7 @@ def _resnet_config(
     return ResNetConfig(depths=depths, layer_type="bottleneck", out_features=["stage4"])
 
 
-def _detector_sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+def _detector_sizes(weights: Weights) -> dict[str, Any]:
     return {
         "d_model": weights["query_embed.weight"].shape[1],
         "num_queries": weights["query_embed.weight"].shape[0],
@@ -293,11 +454,21 @@ def _detector_sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _label_names(weights: Mapping[str, Tensor], id2label: dict[int, str] | None) -> dict[str, Any]:
-    # The last class of the original head is no-object.
-    num_labels = weights["class_embed.weight"].shape[0] - 1
-    if id2label is not None and len(id2label) != num_labels:
+def _known_vocabulary(name: str | None, num_labels: int) -> Vocabulary:
+    """Names of a public data set, if the checkpoint has as many classes."""
+    if name is None:
+        return Vocabulary()
+    file = resources.files("sgtr_hf") / "assets" / "vocabularies" / f"{name}.json"
+    vocabulary = Vocabulary(**json.loads(file.read_text()))
+    return vocabulary if len(vocabulary.labels or ()) == num_labels else Vocabulary()
+
+
+def _number(entry: str, names: Sequence[str] | None, count: int) -> dict[int, str]:
+    if names is None:
+        word = entry.removesuffix("s").upper()
+        return {index: f"{word}_{index}" for index in range(count)}
+    if len(names) != count:
         raise ValueError(
-            f"`id2label` names {len(id2label)} classes, but the checkpoint has {num_labels}."
+            f"`{entry}` of the vocabulary has {len(names)} names, but the checkpoint has {count}."
         )
-    return {"id2label": id2label or {index: f"LABEL_{index}" for index in range(num_labels)}}
+    return dict(enumerate(map(str, names)))

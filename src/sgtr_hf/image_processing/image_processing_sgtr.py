@@ -22,7 +22,7 @@ from transformers.utils import logging
 from transformers.utils.import_utils import is_torchvision_available
 
 from ..boxes import box_xyxy_to_cxcywh
-from ..post_processing import detect_objects, find_scene_graphs
+from ..post_processing import LegacyRules, detect_objects, find_scene_graphs
 from ..scene_graph import SceneGraph
 
 
@@ -37,9 +37,16 @@ class SgtrImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-
 
     channel_order (`Literal["rgb", "bgr"]`):
         Order in which the model gets the channels; mean and standard deviation are in it too.
+    legacy_box_offset (`float`), legacy_self_overlap, legacy_duplicate_ranking and
+    legacy_single_predicate (`bool`):
+        Rules of the released SGTR for scene graphs, see `sgtr_hf.post_processing.LegacyRules`.
     """
 
     channel_order: Literal["rgb", "bgr"] | None
+    legacy_box_offset: float | None
+    legacy_self_overlap: bool | None
+    legacy_duplicate_ranking: bool | None
+    legacy_single_predicate: bool | None
 
 
 class _SgtrImageProcessing:
@@ -61,6 +68,10 @@ class _SgtrImageProcessing:
     do_normalize = True
     do_pad = True
     channel_order = "rgb"
+    legacy_box_offset = 0.0
+    legacy_self_overlap = False
+    legacy_duplicate_ranking = False
+    legacy_single_predicate = False
 
     def preprocess(
         self,
@@ -193,6 +204,12 @@ class _SgtrImageProcessing:
             top_k=top_k,
             graph_constraint=graph_constraint,
             names=(id2label, id2predicate),
+            legacy=LegacyRules(
+                self.legacy_box_offset,
+                self.legacy_self_overlap,
+                self.legacy_duplicate_ranking,
+                self.legacy_single_predicate,
+            ),
         )
 
 

@@ -36,7 +36,7 @@ class _Decoder(nn.Module):
         self.layers = nn.ModuleList(
             DecoderLayer(config, conditional=conditional) for _ in range(config.decoder_layers)
         )
-        self.norm = nn.LayerNorm(config.d_model)
+        self.norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
         self.box_head = BoxHead(config.d_model, refines_anchors=conditional)
 
     def memory_mask(self, queries: Tensor, memory: ImageMemory) -> Tensor | None:

@@ -36,7 +36,8 @@ def assembling_scores(
     entity_probabilities, entity_boxes = entity
     exponent = config.assembling_exponent
     offset = config.detector.legacy_box_offset
-    nearness = _nearness(config, centres, entity_boxes[..., :2] + offset / 2, image_sizes)
+    entity_corners = box_cxcywh_to_xyxy(entity_boxes, offset)
+    nearness = _nearness(config, centres, entity_corners, image_sizes)
     confidence = entity_probabilities.amax(dim=-1).pow(exponent)[:, None]
     likeness = torch.matmul(
         nn.functional.normalize(indicator_probabilities, dim=-1),
@@ -44,20 +45,19 @@ def assembling_scores(
     ).pow(exponent)
     overlap = generalized_box_iou(
         box_cxcywh_to_xyxy(indicator_boxes, offset)[..., :, None, :],
-        box_cxcywh_to_xyxy(entity_boxes, offset)[:, None],
+        entity_corners[:, None],
     ).clamp(min=0)
     return nearness * confidence * likeness * overlap
 
 
 def _nearness(
-    config: SgtrConfig, centres: Tensor, entity_centres: Tensor, image_sizes: Tensor
+    config: SgtrConfig, centres: Tensor, entity_corners: Tensor, image_sizes: Tensor
 ) -> Tensor:
     """Inverse city-block distance of centres, (..., B, Q, N) in (0, 1]."""
+    scale = centres.new_full((1, 1, 2), float(config.assembling_distance_scale))
     if config.legacy_pixel_distance:
-        scale = image_sizes.flip(-1).to(centres)[:, None, None, :]
-        # The release adds its offset before the scale and measures in pixels of the input.
-        distance = ((centres[..., :, None, :] - entity_centres[:, None]) * scale).abs().sum(-1)
-    else:
-        distance = (centres[..., :, None, :] - entity_centres[:, None]).abs().sum(-1)
-        distance = distance * config.assembling_distance_scale
-    return 1 / (distance + 1)
+        scale = image_sizes.flip(-1).to(centres)[:, None]
+    # Corners are scaled before their mean is taken: 1 / (d + 1) shows rounding where d is small.
+    corners = entity_corners.unflatten(-1, (2, 2)) * scale[..., None, :]
+    distance = (centres * scale)[..., :, None, :] - corners.mean(-2)[:, None]
+    return 1 / (distance.abs().sum(-1) + 1)

@@ -155,7 +155,11 @@ class SgtrDetrModel(SgtrDetrPreTrainedModel):
             EncoderLayer(config) for _ in range(config.encoder_layers)
         )
         # Post-norm layers end normalised; pre-norm stacks need one more norm.
-        self.encoder_norm = nn.LayerNorm(config.d_model) if config.norm_first else nn.Identity()
+        self.encoder_norm = (
+            nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+            if config.norm_first
+            else nn.Identity()
+        )
         self.query_embedding = nn.Embedding(config.num_queries, config.d_model)
         self.query_selection = QuerySelection(config) if config.select_queries else None
         if config.query_type == "anchors":

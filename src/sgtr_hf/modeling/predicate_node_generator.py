@@ -44,7 +44,7 @@ class PredicateEncoder(nn.Module):
         self.layers = nn.ModuleList(
             EncoderLayer(config) for _ in range(config.predicate_encoder_layers)
         )
-        self.norm = nn.LayerNorm(config.d_model)
+        self.norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
 
     def forward(self, memory: ImageMemory, **kwargs: Any) -> Tensor:
         """Return features (B, S, d_model)."""
@@ -66,7 +66,7 @@ class CompositionalQueries(nn.Module):
         self.temperature = config.detector.position_temperature
         self.position_projection = nn.Linear(config.d_model, config.d_model)
         self.layer = DecoderLayer(config)
-        self.norm = nn.LayerNorm(config.d_model)
+        self.norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
         self.split = nn.Linear(config.d_model, 3 * config.d_model)
 
     def forward(self, queries: Tensor, entities: EntityNodes, **kwargs: Any) -> TripletStates:
@@ -94,8 +94,8 @@ class StructuralPredicateDecoder(nn.Module):
         self.predicate_layers = nn.ModuleList(DecoderLayer(config) for _ in levels)
         self.subject_layers = nn.ModuleList(DecoderLayer(config) for _ in levels)
         self.object_layers = nn.ModuleList(DecoderLayer(config) for _ in levels)
-        self.predicate_norm = nn.LayerNorm(config.d_model)
-        self.indicator_norm = nn.LayerNorm(config.d_model)
+        self.predicate_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.indicator_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
         self.subject_fusion = nn.Linear(config.d_model, config.d_model)
         self.object_fusion = nn.Linear(config.d_model, config.d_model)
 

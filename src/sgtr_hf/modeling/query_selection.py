@@ -35,7 +35,7 @@ class QuerySelection(nn.Module):
         self.num_queries = config.num_queries
         self.is_focal = config.classification == "focal"
         self.projection = nn.Linear(config.d_model, config.d_model)
-        self.norm = nn.LayerNorm(config.d_model)
+        self.norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
         columns = config.num_labels + (not self.is_focal)
         self.class_head = ClassHead(config.d_model, columns, is_focal=self.is_focal)
         self.box_head = BoxHead(config.d_model, refines_anchors=True)

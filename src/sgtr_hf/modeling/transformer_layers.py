@@ -47,8 +47,8 @@ def eager_attention_forward(
     return torch.matmul(dropped, value).transpose(1, 2).contiguous(), weights
 
 
-class _AttentionBackend(nn.Module):
-    """Splits heads and calls the backend that the configuration names."""
+class AttentionBackend(nn.Module):
+    """Splits heads and calls the backend that the configuration names; a base of attentions."""
 
     is_causal = False
 
@@ -78,10 +78,11 @@ class _AttentionBackend(nn.Module):
         return attended.flatten(-2), weights
 
     def split_heads(self, features: Tensor) -> Tensor:
+        """Turn (B, length, width) into (B, length, heads, width of a head)."""
         return features.unflatten(-1, (self.num_attention_heads, -1))
 
 
-class MultiHeadAttention(_AttentionBackend):
+class MultiHeadAttention(AttentionBackend):
     """Attention with separate inputs for queries, keys and values, each (B, length, d_model)."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -124,7 +125,7 @@ class PlaceProjection(nn.Linear):
         return torch.eye(self.in_features)[dealt]
 
 
-class ConditionalCrossAttention(_AttentionBackend):
+class ConditionalCrossAttention(AttentionBackend):
     """Cross-attention in which content meets content and place meets place.
 
     Content and position are projected apart and set side by side within each head, so a score is
@@ -178,34 +179,67 @@ class FeedForward(nn.Module):
         return self.contraction(self.dropout(self.activation(self.expansion(hidden_states))))
 
 
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016): drops a residual branch for whole samples.
+
+    Args:
+        probability: Share of samples whose branch is dropped in training.
+    """
+
+    def __init__(self, probability: float = 0.0) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, branch: Tensor) -> Tensor:
+        """Drop and rescale samples of (B, ...), so that the mean stays."""
+        if not self.training or self.probability == 0:
+            return branch
+        shape = (len(branch), *(1,) * (branch.ndim - 1))
+        kept = torch.rand(shape, device=branch.device) >= self.probability
+        return branch * kept.to(branch.dtype) / (1 - self.probability)
+
+
 class _ResidualLayer(GradientCheckpointingLayer):
     """What encoder and decoder layers share: where the norm stands, and residual dropout."""
 
-    def __init__(self, config: PreTrainedConfig) -> None:
+    def __init__(self, config: PreTrainedConfig, drop_path: float = 0.0) -> None:
         super().__init__()
         self.norm_first = config.norm_first
         self.residual_dropout = nn.Dropout(config.dropout)
+        self.drop_path = DropPath(drop_path)
+
+    def make_norm(self, config: PreTrainedConfig) -> nn.LayerNorm:
+        return nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
 
     def before(self, norm: nn.LayerNorm, hidden_states: Tensor) -> Tensor:
         return norm(hidden_states) if self.norm_first else hidden_states
 
     def after(self, norm: nn.LayerNorm, hidden_states: Tensor, branch: Tensor) -> Tensor:
-        hidden_states = hidden_states + self.residual_dropout(branch)
+        hidden_states = hidden_states + self.drop_path(self.residual_dropout(branch))
         return hidden_states if self.norm_first else norm(hidden_states)
 
 
 class EncoderLayer(_ResidualLayer):
-    """Self-attention and a feed-forward block."""
+    """Self-attention and a feed-forward block.
 
-    def __init__(self, config: PreTrainedConfig) -> None:
-        super().__init__(config)
+    Args:
+        config: Gives width, heads, feed-forward width, dropout, norm placement and epsilon.
+        drop_path: Share of samples whose residual branches are dropped in training.
+    """
+
+    def __init__(self, config: PreTrainedConfig, drop_path: float = 0.0) -> None:
+        super().__init__(config, drop_path)
         self.self_attention = MultiHeadAttention(config)
-        self.self_attention_norm = nn.LayerNorm(config.d_model)
+        self.self_attention_norm = self.make_norm(config)
         self.feed_forward = FeedForward(config)
-        self.feed_forward_norm = nn.LayerNorm(config.d_model)
+        self.feed_forward_norm = self.make_norm(config)
 
     def forward(
-        self, hidden_states: Tensor, position: Tensor, mask: Tensor | None = None, **kwargs: Any
+        self,
+        hidden_states: Tensor,
+        position: Tensor | None = None,
+        mask: Tensor | None = None,
+        **kwargs: Any,
     ) -> Tensor:
         """Transform (B, S, d_model).
 
@@ -216,7 +250,7 @@ class EncoderLayer(_ResidualLayer):
             **kwargs: For the attention backend.
         """
         normed = self.before(self.self_attention_norm, hidden_states)
-        placed = normed + position
+        placed = _add(normed, position)
         branch, _ = self.self_attention(placed, placed, normed, mask, **kwargs)
         hidden_states = self.after(self.self_attention_norm, hidden_states, branch)
         branch = self.feed_forward(self.before(self.feed_forward_norm, hidden_states))
@@ -235,14 +269,14 @@ class DecoderLayer(_ResidualLayer):
     def __init__(self, config: PreTrainedConfig, *, conditional: bool = False) -> None:
         super().__init__(config)
         self.self_attention = MultiHeadAttention(config)
-        self.self_attention_norm = nn.LayerNorm(config.d_model)
+        self.self_attention_norm = self.make_norm(config)
         self.conditional = conditional
         self.cross_attention = (ConditionalCrossAttention if conditional else MultiHeadAttention)(
             config
         )
-        self.cross_attention_norm = nn.LayerNorm(config.d_model)
+        self.cross_attention_norm = self.make_norm(config)
         self.feed_forward = FeedForward(config)
-        self.feed_forward_norm = nn.LayerNorm(config.d_model)
+        self.feed_forward_norm = self.make_norm(config)
 
     def forward(
         self,

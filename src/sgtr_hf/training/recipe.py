@@ -142,7 +142,8 @@ class Recipe:
         for name in ("detector", "backbone_weights"):
             if self.pretrained_model is not None and getattr(self, name) is not None:
                 raise ValueError(
-                    f"`{name}` has no use with `pretrained_model`, which brings its own; remove one."
+                    f"`{name}` has no use with `pretrained_model`, which brings its own; remove "
+                    "one."
                 )
         if self.detector is not None and self.task == "detection":
             raise ValueError("`detector` has no use with `task: detection`; remove it.")

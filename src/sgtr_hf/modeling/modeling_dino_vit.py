@@ -1,0 +1,233 @@
+"""The vision transformer (Dosovitskiy et al. 2021) in the form of DINO (Caron et al. 2021)."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.backbone_utils import BackboneMixin
+from transformers.modeling_outputs import (
+    BackboneOutput,
+    BaseModelOutputWithPooling,
+    ImageClassifierOutput,
+)
+
+from ..configuration.configuration_dino_vit import DinoVitConfig
+from .attention_recording import record_attention
+from .transformer_layers import EncoderLayer
+
+
+class PatchEmbedding(nn.Module):
+    """Cuts an image into patches, embeds them, and gives each its place."""
+
+    def __init__(self, config: DinoVitConfig) -> None:
+        super().__init__()
+        self.config = config
+        size, width = config.patch_size, config.d_model
+        self.projection = nn.Conv2d(config.num_channels, width, size, stride=size)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.grid_side = config.image_size // size
+        # The first place is the class token's.
+        self.position = nn.Parameter(torch.zeros(1, 1 + self.grid_side**2, width))
+        registers = torch.zeros(1, config.num_registers, width) if config.num_registers else None
+        self.register_parameter("registers", None if registers is None else nn.Parameter(registers))
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Embed images.
+
+        Args:
+            pixel_values: (B, C, H, W) normalised images of any size.
+
+        Returns:
+            (B, 1 + R + h * w, d_model): class token, registers, and the patches row by row.
+
+        Raises:
+            ValueError: If an image is smaller than a patch.
+        """
+        if min(pixel_values.shape[-2:]) < self.config.patch_size:
+            raise ValueError(
+                f"`pixel_values` must be at least one patch ({self.config.patch_size} pixels) a "
+                f"side, got {tuple(pixel_values.shape)}."
+            )
+        patches = self.projection(pixel_values)
+        position = self.interpolate_position(*patches.shape[-2:])
+        patches = patches.flatten(2).transpose(1, 2) + position[:, 1:]
+        tokens = [self.class_token + position[:, :1]]
+        if self.registers is not None:
+            tokens.append(self.registers)
+        tokens = [token.expand(len(patches), -1, -1) for token in tokens]
+        return self.dropout(torch.cat((*tokens, patches), dim=1))
+
+    def interpolate_position(self, height: int, width: int) -> Tensor:
+        """Return position embeddings (1, 1 + height * width, d_model) of a grid of patches."""
+        side = self.grid_side
+        if (height, width) == (side, side):
+            return self.position
+        offset = self.config.interpolation_offset
+        grid = self.position[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        target: dict[str, Any] = {"size": (height, width)}
+        if offset:
+            # The scale, not the size, decides where the samples lie; the size only rounds it.
+            target = {"scale_factor": ((height + offset) / side, (width + offset) / side)}
+        resized = nn.functional.interpolate(grid, mode="bicubic", **target)
+        return torch.cat((self.position[:, :1], resized.flatten(2).transpose(1, 2)), dim=1)
+
+
+class DinoVitPreTrainedModel(PreTrainedModel):
+    """What the classes share with transformers: names, backends, initial weights."""
+
+    config: DinoVitConfig
+    config_class = DinoVitConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["EncoderLayer", "PatchEmbedding"]  # noqa: RUF012 - transformers' contract
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            init.trunc_normal_(module.weight, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, PatchEmbedding):
+            for token in module.parameters(recurse=False):
+                init.trunc_normal_(token, std=std)
+
+
+@dataclass
+class DinoVitOutput(BaseModelOutputWithPooling):
+    """Tokens of an image.
+
+    Args:
+        last_hidden_state: (B, 1 + R + h * w, d_model) normalised tokens of the last layer: class,
+            registers, patches row by row.
+        pooler_output: (B, d_model) its class token.
+        hidden_states: On request, the stem's and each layer's tokens, not normalised.
+        attentions: On request, (B, heads, tokens, tokens) of each layer.
+    """
+
+
+class DinoVitModel(DinoVitPreTrainedModel):
+    """Images of any size become tokens."""
+
+    def __init__(self, config: DinoVitConfig) -> None:
+        super().__init__(config)
+        self.embedding = PatchEmbedding(config)
+        rates = torch.linspace(0, config.drop_path, config.num_hidden_layers).tolist()
+        self.layers = nn.ModuleList(EncoderLayer(config, rate) for rate in rates)
+        self.norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        **kwargs: Any,
+    ) -> DinoVitOutput:
+        """Turn images into tokens.
+
+        Args:
+            pixel_values: (B, C, H, W) normalised images; sides need not be multiples of a patch,
+                what is left over on the right and at the bottom is not seen.
+            output_hidden_states: Also return the tokens of the stem and of every layer.
+            output_attentions: Also return attention weights; needs eager attention.
+            **kwargs: For the attention backend.
+
+        Raises:
+            ValueError: If an image is smaller than a patch, or weights are asked of a backend
+                that has none.
+        """
+        with record_attention(self) if output_attentions else nullcontext({}) as recorded:
+            states = [self.embedding(pixel_values)]
+            for layer in self.layers:
+                hidden_states = layer(states[-1], **kwargs)
+                states = [*states, hidden_states] if output_hidden_states else [hidden_states]
+        tokens = self.norm(states[-1])
+        return DinoVitOutput(
+            last_hidden_state=tokens,
+            pooler_output=tokens[:, 0],
+            hidden_states=tuple(states) if output_hidden_states else None,
+            attentions=tuple(recorded.values()) if output_attentions else None,
+        )
+
+    def last_layers(self, pixel_values: Tensor, count: int, **kwargs: Any) -> Tensor:
+        """Return the normalised tokens (count, B, tokens, d_model) of the last layers."""
+        output = self(pixel_values, output_hidden_states=True, **kwargs)
+        return self.norm(torch.stack(output.hidden_states[-count:]))
+
+
+class DinoVitForImageClassification(DinoVitPreTrainedModel):
+    """`DinoVitModel` and a linear classifier."""
+
+    def __init__(self, config: DinoVitConfig) -> None:
+        super().__init__(config)
+        self.model = DinoVitModel(config)
+        num_vectors = config.num_classification_layers + config.classify_patch_mean
+        self.classifier = nn.Linear(num_vectors * config.d_model, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any
+    ) -> ImageClassifierOutput:
+        """Classify images.
+
+        Args:
+            pixel_values: (B, C, H, W) normalised images.
+            labels: (B,) classes; the loss is their cross entropy.
+            **kwargs: For the attention backend.
+        """
+        logits = self.classifier(self.features(pixel_values, **kwargs))
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return ImageClassifierOutput(loss=loss, logits=logits)
+
+    def features(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
+        """Return what the classifier reads, (B, num_vectors * d_model)."""
+        tokens = self.model.last_layers(
+            pixel_values, self.config.num_classification_layers, **kwargs
+        )
+        features = tokens[:, :, 0].transpose(0, 1).flatten(1)
+        if not self.config.classify_patch_mean:
+            return features
+        patches = tokens[-1, :, 1 + self.config.num_registers :].mean(1)
+        # Class and patch features alternate, one number each: DINO's released weights want that.
+        return torch.stack((features, patches), dim=-1).flatten(1)
+
+
+class DinoVitBackbone(BackboneMixin, DinoVitPreTrainedModel):
+    """Tokens as feature maps, for detectors."""
+
+    def __init__(self, config: DinoVitConfig) -> None:
+        super().__init__(config)
+        self.num_features = [config.d_model] * (config.num_hidden_layers + 1)
+        self.model = DinoVitModel(config)
+        self.post_init()
+
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> BackboneOutput:
+        """Return normalised patch tokens of `out_features` as maps (B, d_model, h, w).
+
+        Args:
+            pixel_values: (B, C, H, W) normalised images.
+            **kwargs: For the attention backend.
+        """
+        output = self.model(pixel_values, output_hidden_states=True, **kwargs)
+        height, width = (side // self.config.patch_size for side in pixel_values.shape[-2:])
+        first_patch = 1 + self.config.num_registers
+        maps = tuple(
+            self.model.norm(output.hidden_states[self.stage_names.index(name)])[:, first_patch:]
+            .transpose(1, 2)
+            .unflatten(-1, (height, width))
+            for name in self.out_features
+        )
+        return BackboneOutput(feature_maps=maps)
