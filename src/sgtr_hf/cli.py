@@ -5,11 +5,13 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
 from ._version import __version__
 from .auto import DEFAULT_CHECKPOINT, TASK
+from .configuration.configuration_sgtr import SgtrConfig
 from .scene_graph import SceneGraph
 
 
@@ -29,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def predict(options: argparse.Namespace) -> int:
     """Find the scene graphs of pictures, print them, and write what was asked for."""
     paths = list(_image_paths(options.images))
-    _check_output_names(options)
+    _check_output_names(options.draw, options.output)
     from transformers import pipeline
 
     generate = pipeline(TASK, model=_model_folder(options.model))
@@ -99,6 +101,60 @@ def convert_checkpoint(options: argparse.Namespace) -> int:
     return 0
 
 
+def query_slots(options: argparse.Namespace) -> int:
+    """Draw what each query of a model looks for, over a set of images."""
+    from tqdm import tqdm
+
+    from .visualization.query_slots import (
+        collect_query_slots,
+        draw_query_slots,
+        write_slot_statistics,
+    )
+
+    paths = list(_image_paths(options.images))
+    _check_output_names(options.output, options.statistics)
+    model, image_processor = _load_model(options.model)
+    slots = collect_query_slots(model, image_processor, tqdm(paths, desc="images"))
+    draw_query_slots(slots, options.slots, options.small_area).save(options.output)
+    if options.statistics:
+        write_slot_statistics(options.statistics, slots, options.small_area)
+    return 0
+
+
+def attention(options: argparse.Namespace) -> int:
+    """Draw where the queries of a model look in a picture."""
+    from .image_processing.image_processing_sgtr import read_image
+    from .visualization.attention_maps import (
+        detector_attention,
+        draw_attention,
+        triplet_attention,
+    )
+
+    _check_output_names(options.output)
+    image = read_image(options.image)
+    model, image_processor = _load_model(options.model, attn_implementation="eager")
+    if options.triplets:
+        if model.config.model_type != SgtrConfig.model_type:
+            raise ValueError(f"`--triplets` needs a scene graph model, {options.model} is none.")
+        panels = triplet_attention(model, image_processor, image, options.queries)
+    else:
+        panels = detector_attention(
+            model, image_processor, image, options.queries, options.points or ()
+        )
+    draw_attention(image, panels).save(options.output)
+    return 0
+
+
+def _load_model(model: str, **arguments: Any) -> tuple[Any, Any]:
+    from transformers import AutoImageProcessor, AutoModelForObjectDetection
+
+    folder = _model_folder(model)
+    return (
+        AutoModelForObjectDetection.from_pretrained(folder, **arguments),
+        AutoImageProcessor.from_pretrained(folder),
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sgtr-hf", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
@@ -108,6 +164,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert_checkpoint(
         commands.add_parser("convert-checkpoint", help="read the weights of an original")
     )
+    _add_query_slots(commands.add_parser("query-slots", help="draw what each query looks for"))
+    _add_attention(commands.add_parser("attention", help="draw where queries look in a picture"))
     return parser
 
 
@@ -161,6 +219,48 @@ def _add_convert_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", type=Path, help="file of a DINO classifier's backbone")
 
 
+def _add_query_slots(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=query_slots)
+    parser.add_argument("images", nargs="+", help="image files or folders of images")
+    parser.add_argument("--model", default=DEFAULT_CHECKPOINT, help="folder or Hub id")
+    parser.add_argument("--output", type=Path, required=True, help="image file to draw")
+    parser.add_argument("--statistics", type=Path, help="JSON file of shares, centres, occupancy")
+    parser.add_argument("--slots", type=_positive, default=20, help="queries to draw")
+    parser.add_argument(
+        "--small-area",
+        type=_probability,
+        default=0.1,
+        help="share of the image below which a box is small",
+    )
+
+
+def _add_attention(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=attention)
+    parser.add_argument("image", help="image file or URL")
+    parser.add_argument("--model", default=DEFAULT_CHECKPOINT, help="folder or Hub id")
+    parser.add_argument("--output", type=Path, required=True, help="image file to draw")
+    parser.add_argument("--queries", type=int, nargs="+", help="the likeliest by default")
+    parser.add_argument(
+        "--points",
+        type=_point,
+        nargs="+",
+        help="places of encoder self-attention, each x,y in [0, 1]",
+    )
+    parser.add_argument(
+        "--triplets",
+        action="store_true",
+        help="subject, predicate and object queries side by side instead of entity queries",
+    )
+
+
+def _point(text: str) -> tuple[float, float]:
+    try:
+        x, y = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must look like 0.3,0.5, got {text}") from error
+    return x, y
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -201,12 +301,13 @@ def _model_folder(model: str) -> str:
     return model
 
 
-def _check_output_names(options: argparse.Namespace) -> None:
-    for path in (options.output, options.draw):
+def _check_output_names(drawing: Path | None, *others: Path | None) -> None:
+    """Complain before the work is done, not after."""
+    for path in (drawing, *others):
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"the folder {path.parent} of {path.name} does not exist.")
-    if options.draw is not None and options.draw.suffix.lower() not in IMAGE_SUFFIXES:
-        raise ValueError(f"`--draw` {options.draw} must end like an image file, as in graph.png.")
+    if drawing is not None and drawing.suffix.lower() not in IMAGE_SUFFIXES:
+        raise ValueError(f"the drawing {drawing} must end like an image file, as in graph.png.")
 
 
 def _numbered(path: Path, image: str, count: int) -> Path:

@@ -23,6 +23,8 @@ class ImageMemory:
     """(B, S, d_model) sine embeddings."""
     cells: Tensor
     """(B, S, 4) a box on each cell, cxcywh; larger on coarser levels."""
+    grids: tuple[tuple[int, int], ...] = ()
+    """Rows and columns of each feature level; their products add up to S."""
     padding_mask: Tensor | None = None
     """(B, S) bool, True where the image is; None when nothing is padded."""
 

@@ -74,6 +74,8 @@ class SgtrSceneGraphOutput(ModelOutput):
         object_boxes: Likewise of the object.
         subject_scores: (B, Q, N) how well each entity fits as the subject.
         object_scores: (B, Q, N) how well each entity fits as the object.
+        auxiliary_outputs: The raw heads and the scores of the earlier levels of the structural
+            decoder, when labels were given.
     """
 
     loss: Tensor | None = None
@@ -90,6 +92,7 @@ class SgtrSceneGraphOutput(ModelOutput):
     object_boxes: Tensor | None = None
     subject_scores: Tensor | None = None
     object_scores: Tensor | None = None
+    auxiliary_outputs: list[dict[str, Tensor]] | None = None
 
 
 class SgtrPreTrainedModel(PreTrainedModel):
@@ -312,9 +315,12 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
     def _summarize(
         self, entities: EntityLevels, triplets: TripletPredictions
     ) -> SgtrSceneGraphOutput:
-        """Make the public output from the last level, without losses."""
+        """Make the public output, without losses."""
         logits = entities.logits[-1]
-        last = TripletPredictions(*(field[-1] for field in triplets))
+        *earlier, last = (
+            TripletPredictions(*(field[level] for field in triplets))
+            for level in range(len(triplets.predicate_logits))
+        )
         return SgtrSceneGraphOutput(
             logits=logits,
             pred_boxes=entities.boxes[-1],
@@ -322,6 +328,7 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
             predicate_probabilities=predicate_probabilities(
                 last.predicate_logits, self.config.predicate_classification
             ),
+            auxiliary_outputs=[level._asdict() for level in earlier] or None,
             **last._asdict(),
         )
 

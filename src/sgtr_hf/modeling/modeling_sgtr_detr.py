@@ -251,13 +251,16 @@ class SgtrDetrModel(SgtrDetrPreTrainedModel):
             if self.level_embedding is not None:
                 position = position + self.level_embedding.weight[level]
             positions.append(position)
-            masks.append(mask.flatten(1))
+            masks.append(mask)
             cells.append(grid_boxes(mask, CELL_SIZE * 2**level))
         memory = ImageMemory(
-            torch.cat(features, dim=1), torch.cat(positions, dim=1), torch.cat(cells, dim=1)
+            torch.cat(features, dim=1),
+            torch.cat(positions, dim=1),
+            torch.cat(cells, dim=1),
+            grids=tuple((mask.shape[1], mask.shape[2]) for mask in masks),
         )
         if pixel_mask is not None:
-            memory.padding_mask = torch.cat(masks, dim=1)
+            memory.padding_mask = torch.cat([mask.flatten(1) for mask in masks], dim=1)
         memory.features = self._run_encoder(memory, **kwargs)
         return memory
 

@@ -1,0 +1,241 @@
+"""Where the queries of a model look, as overlays on the picture."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from transformers import BaseImageProcessor
+
+from ..boxes import box_cxcywh_to_xyxy
+from ..modeling.attention_recording import record_attention
+from ..modeling.modeling_sgtr import SgtrForSceneGraphGeneration, predicate_probabilities
+from ..modeling.modeling_sgtr_detr import SgtrDetrForObjectDetection
+
+
+_INCHES = 3.2
+
+
+class AttentionPanel(NamedTuple):
+    """One overlay."""
+
+    title: str
+    heat: NDArray[np.float32] | None = None
+    """(rows, columns) attention on the image, adding up to 1."""
+    boxes: NDArray[np.float32] | None = None
+    """(E, 4) x1, y1, x2, y2 relative to the image."""
+    weights: NDArray[np.float32] | None = None
+    """(E,) attention on the boxes; None draws all alike."""
+    point: tuple[float, float] | None = None
+    """x and y relative to the image."""
+
+
+@torch.inference_mode()
+def detector_attention(
+    model: SgtrDetrForObjectDetection | SgtrForSceneGraphGeneration,
+    image_processor: BaseImageProcessor,
+    image: Image.Image,
+    queries: Sequence[int] | None = None,
+    points: Sequence[tuple[float, float]] = (),
+) -> list[AttentionPanel]:
+    """Show the cross-attention of entity queries, and the self-attention of the encoder at points.
+
+    Args:
+        model: With eager attention.
+        image_processor: That goes with it.
+        image: The picture.
+        queries: Entity queries; the four likeliest if None.
+        points: x and y relative to the image, in [0, 1].
+
+    Returns:
+        A panel a query and one a point, of the last layer, heads averaged.
+
+    Raises:
+        ValueError: If a query or point does not exist, or the attention is not eager.
+    """
+    detector = model.model.detector if isinstance(model, SgtrForSceneGraphGeneration) else model
+    inputs = image_processor(images=image, return_tensors="pt").to(model.device)
+    with record_attention(detector.model) as recorded:
+        nodes = detector.model(inputs["pixel_values"], inputs["pixel_mask"])
+    output = detector.summarize(nodes, detector.read_levels(nodes))
+    scores, labels = output.entity_probabilities[0].max(-1)
+    chosen = _chosen(queries, scores)
+    cross = _last(recorded, "decoder.layers", "cross_attention")
+    panels = []
+    for query in chosen:
+        name = model.config.id2label[int(labels[query])]
+        panels.append(
+            AttentionPanel(
+                f"query {query}: {name} {scores[query]:.2f}",
+                heat=_heat(cross[query], nodes.memory.grids),
+                boxes=box_cxcywh_to_xyxy(output.pred_boxes[0, query : query + 1]).cpu().numpy(),
+            )
+        )
+    if points:
+        encoder = _last(recorded, "encoder_layers", "self_attention")
+        panels += [_point_panel(encoder, nodes.memory, point) for point in points]
+    return panels
+
+
+@torch.inference_mode()
+def triplet_attention(
+    model: SgtrForSceneGraphGeneration,
+    image_processor: BaseImageProcessor,
+    image: Image.Image,
+    queries: Sequence[int] | None = None,
+) -> list[AttentionPanel]:
+    """Show what the three queries of a triplet look at, three panels a triplet.
+
+    Subject and object queries look at entity nodes, which are drawn as boxes; the predicate query
+    looks at the image.
+
+    Args:
+        model: With eager attention.
+        image_processor: That goes with it.
+        image: The picture.
+        queries: Predicate queries; the two likeliest if None.
+
+    Raises:
+        ValueError: If a query does not exist, or the attention is not eager.
+    """
+    inputs = image_processor(images=image, return_tensors="pt").to(model.device)
+    with record_attention(model) as recorded:
+        nodes = model.model(inputs["pixel_values"], inputs["pixel_mask"])
+    sizes = inputs["pixel_mask"].new_tensor([inputs["pixel_mask"].shape[-2:]])
+    entities = model.model.detector.read_levels(nodes.detector)
+    triplets = model.read_levels(nodes, entities, sizes, all_levels=False)
+    probabilities = predicate_probabilities(
+        triplets.predicate_logits[-1, 0], model.config.predicate_classification
+    )
+    scores, predicates = probabilities.max(-1)
+    boxes = box_cxcywh_to_xyxy(nodes.entity_boxes[0]).cpu().numpy()
+    maps = {
+        role: _last(recorded, f"decoder.{role}_layers", "cross_attention")
+        for role in ("subject", "predicate", "object")
+    }
+    panels = []
+    for query in _chosen(queries, scores, default=2):
+        predicate = model.config.id2predicate[int(predicates[query])]
+        names = {
+            role: model.config.id2label[
+                int(logits[-1, 0, query, : model.config.num_labels].argmax())
+            ]
+            for role, logits in (
+                ("subject", triplets.subject_logits),
+                ("object", triplets.object_logits),
+            )
+        }
+        subject, object_ = (
+            AttentionPanel(
+                f"{role} of query {query}: {names[role]}",
+                boxes=boxes,
+                weights=maps[role][query].float().cpu().numpy(),
+            )
+            for role in ("subject", "object")
+        )
+        title = f"predicate of query {query}: {predicate} {scores[query]:.2f}"
+        heat = _heat(maps["predicate"][query], nodes.detector.memory.grids)
+        panels += [subject, AttentionPanel(title, heat=heat), object_]
+    return panels
+
+
+def draw_attention(
+    image: Image.Image, panels: Sequence[AttentionPanel], columns: int = 3
+) -> Image.Image:
+    """Draw panels over the picture, `columns` in a row.
+
+    Raises:
+        ValueError: If there is no panel.
+    """
+    if not panels:
+        raise ValueError("There is no attention to draw: no query and no point was chosen.")
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    ratio = image.height / image.width
+    figure = Figure(figsize=(_INCHES * columns, (_INCHES * ratio + 0.3) * rows), dpi=110)
+    canvas = FigureCanvasAgg(figure)
+    figure.subplots_adjust(0.01, 0.01, 0.99, 0.94, wspace=0.03, hspace=0.12)
+    all_axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in all_axes:
+        axes.set_axis_off()
+    for axes, panel in zip(all_axes, panels, strict=False):
+        axes.imshow(image, extent=(0, 1, 1, 0), aspect=ratio)
+        axes.set_title(panel.title, fontsize=8)
+        _draw_panel(axes, panel, ratio)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def _draw_panel(axes: Any, panel: AttentionPanel, ratio: float) -> None:
+    if panel.heat is not None:
+        heat = panel.heat / panel.heat.max()
+        axes.imshow(
+            heat,
+            extent=(0, 1, 1, 0),
+            aspect=ratio,
+            cmap="inferno",
+            alpha=0.25 + 0.5 * heat,
+            interpolation="nearest",
+        )
+    if panel.boxes is not None:
+        strengths = np.ones(len(panel.boxes))
+        if panel.weights is not None:
+            strengths = panel.weights / panel.weights.max()
+        for (left, top, right, bottom), strength in zip(panel.boxes, strengths, strict=True):
+            color = colormaps["inferno"](0.3 + 0.6 * strength)
+            axes.add_patch(
+                Rectangle(
+                    (left, top), right - left, bottom - top, fill=False, color=color,
+                    alpha=float(strength), linewidth=0.5 + 2 * strength,
+                )
+            )  # fmt: skip
+    if panel.point is not None:
+        axes.plot(*panel.point, "o", color="cyan", markersize=5)
+
+
+def _point_panel(attention: Tensor, memory: Any, point: tuple[float, float]) -> AttentionPanel:
+    """Attention of the cell of the finest level that holds a point."""
+    if not all(0 <= value <= 1 for value in point):
+        raise ValueError(f"A point must be x and y in [0, 1], got {point}.")
+    rows, columns = memory.grids[0]
+    column = min(int(point[0] * columns), columns - 1)
+    row = min(int(point[1] * rows), rows - 1)
+    heat = _heat(attention[row * columns + column], memory.grids)
+    return AttentionPanel(f"encoder at ({point[0]:.2f}, {point[1]:.2f})", heat=heat, point=point)
+
+
+def _last(recorded: dict[str, Tensor], layers: str, attention: str) -> Tensor:
+    """Weights (queries, keys) of the last layer, heads averaged, of the first image."""
+    names = [name for name in recorded if f"{layers}." in name and name.endswith(attention)]
+    return recorded[max(names, key=_layer_number)][0].mean(0)
+
+
+def _layer_number(name: str) -> int:
+    return max(int(part) for part in name.split(".") if part.isdigit())
+
+
+def _chosen(queries: Sequence[int] | None, scores: Tensor, default: int = 4) -> list[int]:
+    if queries is None:
+        return scores.topk(min(default, len(scores))).indices.tolist()
+    for query in queries:
+        if not 0 <= query < len(scores):
+            raise ValueError(f"`queries` must be below {len(scores)}, got {query}.")
+    return list(queries)
+
+
+def _heat(weights: Tensor, grids: Sequence[tuple[int, int]]) -> NDArray[np.float32]:
+    """Add the attention on all feature levels up on the grid of the finest."""
+    heat = torch.zeros(grids[0], device=weights.device)
+    parts = weights.float().split([rows * columns for rows, columns in grids])
+    for part, (rows, columns) in zip(parts, grids, strict=True):
+        resized = torch.nn.functional.interpolate(part.view(1, 1, rows, columns), size=grids[0])
+        # A coarse cell's attention is dealt out to the fine cells that it covers.
+        heat += resized[0, 0] * part.sum() / resized.sum().clamp(min=1e-12)
+    return heat.cpu().numpy()
