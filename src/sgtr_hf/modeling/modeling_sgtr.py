@@ -1,5 +1,6 @@
 """SGTR (Li et al. 2022): an image becomes entity nodes, predicate nodes and the graph they form."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..losses.scene_graph_loss import (
     scene_graph_losses,
     triplet_matching_costs,
 )
+from .entity_decoder import ImageMemory
 from .graph_assembling import assembling_scores
 from .modeling_sgtr_detr import (
     EntityLevels,
@@ -136,9 +138,10 @@ class SgtrModel(SgtrPreTrainedModel):
 
     def forward(
         self,
-        pixel_values: Tensor,
+        pixel_values: Tensor | None = None,
         pixel_mask: Tensor | None = None,
         annotations: PaddedAnnotations | None = None,
+        detector: SgtrDetrModelOutput | None = None,
         **kwargs: Any,
     ) -> SgtrModelOutput:
         """Generate the nodes of the graph.
@@ -147,17 +150,11 @@ class SgtrModel(SgtrPreTrainedModel):
             pixel_values: (B, 3, H, W) normalised images.
             pixel_mask: (B, H, W), 1 where the image is and 0 on padding; all 1 when None.
             annotations: In training; the detector then returns all its levels.
+            detector: The detector's output for these images, which is then not run.
             **kwargs: For the attention backend.
         """
-        detector_is_trained = annotations is not None and not self.config.freeze_detector
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_detector):
-            detector = self.detector.model(
-                pixel_values,
-                pixel_mask,
-                annotations if detector_is_trained else None,
-                all_levels=detector_is_trained,
-                **kwargs,
-            )
+        if detector is None:
+            detector = self._detect(pixel_values, pixel_mask, annotations, **kwargs)
         entities = EntityNodes(detector.last_hidden_state, detector.pred_boxes)
         states = self.predicate_node_generator(detector.memory, entities, **kwargs)
         return SgtrModelOutput(
@@ -168,6 +165,24 @@ class SgtrModel(SgtrPreTrainedModel):
             object_states=states.object,
             detector=detector,
         )
+
+    def _detect(
+        self,
+        pixel_values: Tensor | None,
+        pixel_mask: Tensor | None,
+        annotations: PaddedAnnotations | None,
+        **kwargs: Any,
+    ) -> SgtrDetrModelOutput:
+        is_frozen = self.config.freeze_detector
+        detector_is_trained = annotations is not None and not is_frozen
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen):
+            return self.detector.model(
+                pixel_values,
+                pixel_mask,
+                annotations if detector_is_trained else None,
+                all_levels=detector_is_trained,
+                **kwargs,
+            )
 
 
 class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
@@ -192,9 +207,10 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
 
     def forward(
         self,
-        pixel_values: Tensor,
+        pixel_values: Tensor | None = None,
         pixel_mask: Tensor | None = None,
         labels: list[dict[str, Tensor]] | None = None,
+        detector_features: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> SgtrSceneGraphOutput:
         """Predict entities, predicates and their links, and the loss when `labels` are given.
@@ -204,24 +220,33 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
             pixel_mask: (B, H, W), 1 where the image is and 0 on padding; all 1 when None.
             labels: One dict an image: class_labels (T,) and boxes (T, 4) as for the detector, and
                 relations (R, 3): subject and object as indices of entities, predicate from 0.
+            detector_features: Of the method of this name, instead of the images; for a frozen
+                detector.
             **kwargs: For the attention backend.
 
         Raises:
-            ValueError: If labels or relations are out of range, or there are more entities
-                (relations) than entity (predicate) queries.
+            ValueError: If labels or relations are out of range, there are more entities
+                (relations) than entity (predicate) queries, or neither or both of images and
+                features are given.
         """
+        if (pixel_values is None) == (detector_features is None):
+            raise ValueError("Give either `pixel_values` or `detector_features`.")
         annotations = None
         if labels is not None:
             annotations = pad_annotations(
                 labels,
-                pixel_values.device,
+                self.device,
                 num_classes=self.config.num_labels,
                 num_predicates=self.config.num_predicates,
             )
-        nodes = self.model(pixel_values, pixel_mask, annotations, **kwargs)
-        detector = self.model.detector
-        entities = detector.read_levels(nodes.detector)
-        image_sizes = _image_sizes(pixel_values, pixel_mask)
+        if detector_features is not None:
+            image_sizes = detector_features["image_sizes"]
+            cached = self._read_features(detector_features)
+            nodes = self.model(annotations=annotations, detector=cached, **kwargs)
+        elif pixel_values is not None:
+            image_sizes = _image_sizes(pixel_values, pixel_mask)
+            nodes = self.model(pixel_values, pixel_mask, annotations, **kwargs)
+        entities = self.model.detector.read_levels(nodes.detector)
         triplets = self.read_levels(
             nodes, entities, image_sizes, all_levels=annotations is not None
         )
@@ -230,6 +255,47 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
             output.loss_dict = self.losses(nodes, entities, triplets, annotations)
             output.loss = torch.stack(list(output.loss_dict.values())).sum()
         return output
+
+    @torch.no_grad()
+    def detector_features(self, pixel_values: Tensor, **kwargs: Any) -> dict[str, Tensor]:
+        """Run a frozen detector alone, for outputs that can be kept and given to `forward`.
+
+        Args:
+            pixel_values: (B, 3, H, W) normalised images without padding.
+            **kwargs: For the attention backend.
+
+        Returns:
+            entity_states (B, N, d_model), entity_boxes (B, N, 4), memory_features and
+            memory_position (B, S, d_model), memory_cells (B, S, 4), image_sizes (B, 2).
+        """
+        nodes = self.model.detector.model(pixel_values, **kwargs)
+        features = {
+            "entity_states": nodes.last_hidden_state,
+            "entity_boxes": nodes.pred_boxes,
+            "memory_features": nodes.memory.features,
+            "memory_position": nodes.memory.position,
+            "memory_cells": nodes.memory.cells,
+            "image_sizes": _image_sizes(pixel_values, None),
+        }
+        batch_size = len(pixel_values)
+        return {
+            name: tensor.expand(batch_size, *tensor.shape[1:]) for name, tensor in features.items()
+        }
+
+    def _read_features(self, features: Mapping[str, Tensor]) -> SgtrDetrModelOutput:
+        if not self.config.freeze_detector:
+            raise ValueError(
+                "`detector_features` need a frozen detector, `freeze_detector=True`; else they "
+                "would be out of date after the first update."
+            )
+        memory = ImageMemory(
+            features["memory_features"], features["memory_position"], features["memory_cells"]
+        )
+        return SgtrDetrModelOutput(
+            last_hidden_state=features["entity_states"],
+            pred_boxes=features["entity_boxes"],
+            memory=memory,
+        )
 
     def read_levels(
         self,

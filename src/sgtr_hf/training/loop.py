@@ -17,10 +17,12 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..data.training_dataset import Collator, limit_worker_threads
+from ..data.training_dataset import Collator, SceneGraphDataset, limit_worker_threads
 from ..metrics.frequency_baseline import FrequencyBaseline
+from ..modeling.modeling_sgtr import SgtrForSceneGraphGeneration
 from ..visualization.training_curves import draw_training_curves
 from .checkpoints import Progress, find_checkpoint, save_checkpoint, save_model
+from .detector_cache import CachedDetectorDataset, collate_cached
 from .evaluation import Evaluator, evaluate
 from .interruption import Interruption
 from .optimization import make_optimizer, make_schedule
@@ -81,7 +83,7 @@ class Trainer:
             ).to(self.accelerator.device)
             self.accelerator.register_for_checkpointing(self.average)
         optimizer = make_optimizer(model, self.settings)
-        loader = self._loader(self.splits.train, shuffle=True)
+        loader = self._training_loader(model)
         self.model, self.optimizer, self.loader = self.accelerator.prepare(model, optimizer, loader)
         if len(self.loader) == 0:
             raise ValueError(
@@ -96,6 +98,30 @@ class Trainer:
         # Not prepared: accelerate would advance it once a process.
         self.schedule = make_schedule(self.optimizer.optimizer, self.settings, self.num_updates)
         self.accelerator.register_for_checkpointing(self.schedule, self.progress)
+
+    def _training_loader(self, model: PreTrainedModel) -> DataLoader[Any]:
+        """Read images or, with a cache, what the detector made of them."""
+        self.train_images: SceneGraphDataset | CachedDetectorDataset = self.splits.train
+        if not self.settings.cached_epochs or not isinstance(model, SgtrForSceneGraphGeneration):
+            return self._loader(self.train_images, shuffle=True)
+        cache = CachedDetectorDataset(
+            self.output_dir / "detector-cache", self.splits.train, self.settings.cached_epochs
+        )
+        cache.prepare(
+            model.to(self.accelerator.device),
+            Collator(self.image_processor),
+            self.accelerator,
+            self.recipe.data.num_workers,
+        )
+        self.train_images = cache
+        return DataLoader(
+            cache,
+            batch_size=self.settings.batch_size,
+            shuffle=True,
+            drop_last=True,
+            collate_fn=collate_cached,
+            generator=torch.Generator().manual_seed(self.settings.seed),
+        )
 
     def _fit_baseline(self) -> FrequencyBaseline | None:
         if self.recipe.task == "detection":
@@ -164,7 +190,7 @@ class Trainer:
         """Train, and give way after each update."""
         progress = self.progress
         while progress.updates < self.num_updates:
-            self.splits.train.epoch = progress.epoch
+            self.train_images.epoch = progress.epoch
             for batch in self._batches():
                 self._step(batch)
                 progress.batches += 1
@@ -196,9 +222,8 @@ class Trainer:
     def _step(self, batch: dict[str, Any]) -> None:
         self.model.train()
         with self.accelerator.accumulate(self.model):
-            outputs = self.model(
-                batch["pixel_values"], batch.get("pixel_mask"), labels=batch["labels"]
-            )
+            inputs = {name: value for name, value in batch.items() if name != "references"}
+            outputs = self.model(**inputs)
             losses = {"loss": outputs.loss, **outputs.loss_dict}
             self._check_finite(outputs.loss, losses)
             self.accelerator.backward(outputs.loss)

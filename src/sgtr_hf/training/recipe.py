@@ -67,6 +67,8 @@ class TrainingSettings:
         keep_checkpoints: Checkpoints that stay, besides the best model.
         resume: "auto" goes on from the newest checkpoint in `output_dir`; or its path; or null.
         log_every: Updates between lines of the log.
+        cached_epochs: Epochs whose detector outputs are computed once, kept in `output_dir` and
+            seen again later, in half precision; 0 for none. Needs a frozen detector.
     """
 
     output_dir: str
@@ -90,6 +92,7 @@ class TrainingSettings:
     keep_checkpoints: int = 2
     resume: str | None = "auto"
     log_every: int = 20
+    cached_epochs: int = 0
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.max_steps is None):
@@ -104,7 +107,13 @@ class TrainingSettings:
             _check_range(f"training.{name}", getattr(self, name), 1)
         for name in ("evaluate_every", "checkpoint_every"):
             _check_positive(f"training.{name}", getattr(self, name))
-        for name in ("learning_rate", "backbone_learning_rate", "weight_decay", "warmup_steps"):
+        for name in (
+            "learning_rate",
+            "backbone_learning_rate",
+            "weight_decay",
+            "warmup_steps",
+            "cached_epochs",
+        ):
             _check_range(f"training.{name}", getattr(self, name), 0)
         _check_range("training.gradient_clip_norm", self.gradient_clip_norm, 0)
         # With 1 the average would never move.
@@ -145,6 +154,11 @@ class Recipe:
                     f"`{name}` has no use with `pretrained_model`, which brings its own; remove "
                     "one."
                 )
+        if self.training.cached_epochs and not self.model.get("freeze_detector"):
+            raise ValueError(
+                "`training.cached_epochs` needs `model.freeze_detector`: outputs of a detector "
+                "that trains are soon out of date."
+            )
         if self.detector is not None and self.task == "detection":
             raise ValueError("`detector` has no use with `task: detection`; remove it.")
         if self.detector is not None and self.backbone_weights is not None:
