@@ -30,7 +30,7 @@ fidelity: $(VENV)/dev-installed
 	$(BIN)/pytest -m fidelity
 
 benchmark: $(VENV)/dev-installed
-	$(BIN)/python benchmarks/benchmark_inference.py
+	$(BIN)/python benchmarks/shipped_model.py
 
 wheel: $(VENV)/dev-installed
 	$(BIN)/python -m build --wheel

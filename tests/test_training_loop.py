@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import signal
 from dataclasses import asdict
@@ -72,6 +73,27 @@ def test_sigterm_saves_a_checkpoint_that_resumes_to_the_bit(data, whole_run, tmp
     ]
     for name, tensor in weights[0].items():
         assert torch.equal(tensor, weights[1][name]), name
+
+
+def test_signals_to_every_process_of_a_run_lose_nothing(data, tmp_path):
+    """Schedulers and Ctrl-C signal the loader's workers too."""
+    recipe = make_recipe(data, tmp_path)
+    recipe.data.num_workers = 1
+    trainer = Trainer(recipe)
+    original = trainer._after_update
+
+    def after_update():
+        original()
+        if trainer.progress.updates == 2:
+            workers = multiprocessing.active_children()
+            assert len(workers) == 1
+            for process in (*(worker.pid for worker in workers), os.getpid()):
+                os.kill(process, signal.SIGTERM)
+
+    trainer._after_update = after_update
+    with pytest.raises(KeyboardInterrupt, match="update 2"):
+        trainer.run()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-00000002"]
 
 
 def test_the_handlers_of_signals_come_back(data, tmp_path):

@@ -1,5 +1,6 @@
 """Annotated images for training and evaluation, from any data set of the one schema."""
 
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -159,9 +160,15 @@ def check_record(record: dict[str, Any], num_labels: int, num_predicates: int) -
         _check_index(record, "relations.predicate", relation["predicate"], num_predicates)
 
 
-def limit_worker_threads(_: int) -> None:
-    """Keep a loader's worker to one thread: the cores belong to the model."""
+def prepare_worker(_: int) -> None:
+    """Set a loader's worker up: one thread, and no ear for signals.
+
+    The cores belong to the model. A scheduler, or Ctrl-C, signals every process of a run; a worker
+    that died of it would take the main process down before that has saved its checkpoint.
+    """
     torch.set_num_threads(1)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _annotation(record: dict[str, Any]) -> Annotation:

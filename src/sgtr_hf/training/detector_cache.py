@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from ..data.training_dataset import Collator, SceneGraphDataset, limit_worker_threads
+from ..data.training_dataset import Collator, SceneGraphDataset, prepare_worker
 from ..modeling.modeling_sgtr import SgtrForSceneGraphGeneration
 
 
@@ -113,7 +113,7 @@ class CachedDetectorDataset(Dataset[CachedImage]):
                 batch_size=_BATCH_SIZE,
                 num_workers=num_workers,
                 collate_fn=collator,
-                worker_init_fn=limit_worker_threads,
+                worker_init_fn=prepare_worker,
                 generator=torch.Generator().manual_seed(0),
             )
             for batch in tqdm(

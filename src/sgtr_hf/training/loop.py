@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..data.training_dataset import Collator, SceneGraphDataset, limit_worker_threads
+from ..data.training_dataset import Collator, SceneGraphDataset, prepare_worker
 from ..metrics.frequency_baseline import FrequencyBaseline
 from ..modeling.modeling_sgtr import SgtrForSceneGraphGeneration
 from ..visualization.training_curves import draw_training_curves
@@ -138,7 +138,7 @@ class Trainer:
             drop_last=shuffle,
             num_workers=self.recipe.data.num_workers,
             collate_fn=Collator(self.image_processor),
-            worker_init_fn=limit_worker_threads,
+            worker_init_fn=prepare_worker,
             # Its own, or each start of a loader would draw from the generator of the noise, and
             # a resumed run, which starts one more, would go on with other noise.
             generator=torch.Generator().manual_seed(self.settings.seed),
