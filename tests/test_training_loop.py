@@ -1,6 +1,7 @@
 import multiprocessing
 import os
 import signal
+import subprocess
 from dataclasses import asdict
 
 import pytest
@@ -87,8 +88,10 @@ def test_signals_to_every_process_of_a_run_lose_nothing(data, tmp_path):
         if trainer.progress.updates == 2:
             workers = multiprocessing.active_children()
             assert len(workers) == 1
-            for process in (*(worker.pid for worker in workers), os.getpid()):
-                os.kill(process, signal.SIGTERM)
+            # From another process: workers tell their parent's signals from others.
+            subprocess.run(["kill", "-TERM", str(workers[0].pid)], check=True)
+            workers[0].join(0.5)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     trainer._after_update = after_update
     with pytest.raises(KeyboardInterrupt, match="update 2"):
