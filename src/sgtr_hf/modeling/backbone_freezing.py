@@ -1,8 +1,32 @@
 """Freezing of backbone stages and batch norms, for any backbone of transformers or timm."""
 
+from typing import Any
+
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
+
+
+class FreezablePreTrainedModel(PreTrainedModel):
+    """A base that keeps frozen what the configuration freezes.
+
+    `from_pretrained` of transformers puts new parameters in place of those that the constructor
+    froze, and these train (`core_model_loading.py` of 5.23); so the freezing is done again.
+    """
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load a model; as in transformers, which documents the arguments."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        # With `output_loading_info` there is a second result.
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for module in model.modules():
+            if isinstance(module, FreezablePreTrainedModel):
+                module.freeze()
+        return loaded
+
+    def freeze(self) -> None:
+        """Stop the training of what the configuration freezes; here nothing."""
 
 
 def freeze_backbone(backbone: PreTrainedModel, num_stages: int) -> None:

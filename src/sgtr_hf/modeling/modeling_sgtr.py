@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..configuration.configuration_sgtr import SgtrConfig
@@ -22,6 +21,7 @@ from ..losses.scene_graph_loss import (
     scene_graph_losses,
     triplet_matching_costs,
 )
+from .backbone_freezing import FreezablePreTrainedModel
 from .entity_decoder import ImageMemory
 from .graph_assembling import assembling_scores
 from .modeling_sgtr_detr import (
@@ -97,7 +97,7 @@ class SgtrSceneGraphOutput(ModelOutput):
     auxiliary_outputs: list[dict[str, Tensor]] | None = None
 
 
-class SgtrPreTrainedModel(PreTrainedModel):
+class SgtrPreTrainedModel(FreezablePreTrainedModel):
     """What the scene graph classes share with transformers: names, backends, initial weights."""
 
     config: SgtrConfig
@@ -126,7 +126,11 @@ class SgtrModel(SgtrPreTrainedModel):
         self.detector = SgtrDetrForObjectDetection(config.detector)
         self.predicate_node_generator = PredicateNodeGenerator(config)
         self.post_init()
-        if config.freeze_detector:
+        self.freeze()
+
+    def freeze(self) -> None:
+        """Stop the training of the detector, if it is frozen."""
+        if self.config.freeze_detector:
             self.detector.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "SgtrModel":

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoBackbone, PreTrainedModel
+from transformers import AutoBackbone
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils import ModelOutput
@@ -20,7 +20,7 @@ from ..losses.hungarian_matching import (
     entity_matching_costs,
     pad_annotations,
 )
-from .backbone_freezing import freeze_backbone, hold_batch_norm
+from .backbone_freezing import FreezablePreTrainedModel, freeze_backbone, hold_batch_norm
 from .denoising_queries import DenoisingQueries, DenoisingQueryGenerator, denoising_visibility
 from .entity_decoder import AnchorQueryDecoder, ImageMemory, LearnedQueryDecoder
 from .position_embedding import (
@@ -104,7 +104,7 @@ class EntityLevels(NamedTuple):
     """(L, B, N, 4) cxcywh."""
 
 
-class SgtrDetrPreTrainedModel(PreTrainedModel):
+class SgtrDetrPreTrainedModel(FreezablePreTrainedModel):
     """What the detector's classes share with transformers: names, backends, initial weights."""
 
     config: SgtrDetrConfig
@@ -172,8 +172,12 @@ class SgtrDetrModel(SgtrDetrPreTrainedModel):
             DenoisingQueryGenerator(config) if config.num_denoising_groups > 0 else None
         )
         self.post_init()
-        freeze_backbone(self.backbone, config.frozen_backbone_stages)
-        if config.freeze_batch_norm:
+        self.freeze()
+
+    def freeze(self) -> None:
+        """Stop the training of the backbone's leading stages, and of its batch norms."""
+        freeze_backbone(self.backbone, self.config.frozen_backbone_stages)
+        if self.config.freeze_batch_norm:
             hold_batch_norm(self.backbone)
 
     def train(self, mode: bool = True) -> "SgtrDetrModel":
