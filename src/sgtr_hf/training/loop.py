@@ -61,6 +61,8 @@ class Trainer:
         )
         # Each process draws its own noise, the weights start the same (DDP broadcasts them).
         set_seed(self.settings.seed, device_specific=True)
+        # Of the code that runs, whatever is committed meanwhile.
+        self.description = describe_run(recipe, self.accelerator.num_processes)
         self.output_dir = Path(self.settings.output_dir)
         self.checkpoint = find_checkpoint(self.output_dir, self.settings.resume)
         self.splits = make_splits(recipe.data, self.settings.seed)
@@ -314,7 +316,7 @@ class Trainer:
             "updates": self.progress.updates,
             "images_seen": self.progress.updates * batch_size * self.accelerator.num_processes,
             "training_minutes": round(self.log.seconds / 60, 1),
-            **describe_run(self.recipe, self.accelerator.num_processes),
+            **self.description,
         }
         (self.output_dir / "training.json").write_text(json.dumps(record, indent=2) + "\n")
 
