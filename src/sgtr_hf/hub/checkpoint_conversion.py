@@ -255,6 +255,7 @@ def _convert_sgtr(
         legacy_box_offset=1e-3,
         legacy_self_overlap=True,
         legacy_duplicate_ranking=True,
+        legacy_round_sides=True,
         legacy_single_predicate=settings["predicate_classification"] == "softmax",
     )
     is_new = re.compile(r"predicate|relation_vector") if detector_alone else None

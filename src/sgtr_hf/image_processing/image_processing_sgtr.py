@@ -1,6 +1,6 @@
 """Image processors: pictures and annotations become model inputs, outputs become results."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -40,6 +40,9 @@ class SgtrImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-
     legacy_box_offset (`float`), legacy_self_overlap, legacy_duplicate_ranking and
     legacy_single_predicate (`bool`):
         Rules of the released SGTR for scene graphs, see `sgtr_hf.post_processing.LegacyRules`.
+    legacy_round_sides (`bool`):
+        Round the sides of a resized image to the nearest pixel, as the released SGTR does, instead
+        of down, as DETR does.
     """
 
     channel_order: Literal["rgb", "bgr"] | None
@@ -47,6 +50,7 @@ class SgtrImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-
     legacy_self_overlap: bool | None
     legacy_duplicate_ranking: bool | None
     legacy_single_predicate: bool | None
+    legacy_round_sides: bool | None
 
 
 class _SgtrImageProcessing:
@@ -72,6 +76,7 @@ class _SgtrImageProcessing:
     legacy_self_overlap = False
     legacy_duplicate_ranking = False
     legacy_single_predicate = False
+    legacy_round_sides = False
 
     def preprocess(
         self,
@@ -125,14 +130,21 @@ class _SgtrImageProcessing:
         do_pad: bool,
         pad_size: SizeDict | None,
         channel_order: str,
+        legacy_round_sides: bool,
         return_tensors: Any,
         **_: Any,
     ) -> BatchFeature:
         original_sizes = [tuple(image.shape[-2:]) for image in images]
         normalization = (do_rescale, rescale_factor, do_normalize, image_mean, image_std)
+
+        def target_size(shape: tuple[int, ...]) -> SizeDict | None:
+            if do_resize and legacy_round_sides and size.shortest_edge:
+                return _rounded_size(size, shape)
+            return size if do_resize else None
+
         # Of the backend.
         resized = self._transform(  # type: ignore[attr-defined]
-            images, size if do_resize else None, resample, channel_order, normalization
+            images, target_size, resample, channel_order, normalization
         )
         pixel_values, pixel_mask = _pad(resized, pad_size, do_pad=do_pad)
         features = BatchFeature(
@@ -219,7 +231,7 @@ class SgtrImageProcessorPil(_SgtrImageProcessing, PilBackend):
     def _transform(
         self,
         images: list[Any],
-        size: SizeDict | None,
+        target_size: Callable[[tuple[int, ...]], SizeDict | None],
         resample: Any,
         channel_order: str,
         normalization: tuple[Any, ...],
@@ -227,6 +239,7 @@ class SgtrImageProcessorPil(_SgtrImageProcessing, PilBackend):
         do_rescale, rescale_factor, do_normalize, image_mean, image_std = normalization
         transformed = []
         for image in images:
+            size = target_size(image.shape[-2:])
             array = image if size is None else self.resize(image, size=size, resample=resample)
             if channel_order == "bgr":
                 array = array[::-1]
@@ -246,13 +259,14 @@ if is_torchvision_available():
         def _transform(
             self,
             images: list[Any],
-            size: SizeDict | None,
+            target_size: Callable[[tuple[int, ...]], SizeDict | None],
             resample: Any,
             channel_order: str,
             normalization: tuple[Any, ...],
         ) -> list[Tensor]:
             groups, positions = group_images_by_shape(images, disable_grouping=False)
             for shape, group in groups.items():
+                size = target_size(group.shape[-2:])
                 if size is not None and tuple(group.shape[-2:]) != (size.height, size.width):
                     group = self.resize(group, size=size, resample=resample)
                 if channel_order == "bgr":
@@ -426,6 +440,18 @@ def _remap(relations: np.ndarray, is_kept: np.ndarray, image_id: Any) -> np.ndar
     kept = relations[stays].copy()
     kept[:, :2] = new_index[kept[:, :2]]
     return kept
+
+
+def _rounded_size(size: SizeDict, shape: tuple[int, ...]) -> SizeDict:
+    """Height and width of an image whose shortest side becomes `size.shortest_edge`.
+
+    Unless its longest side would exceed `size.longest_edge`, which is then its size.
+    """
+    factor = size.shortest_edge / min(shape)
+    if size.longest_edge:
+        factor = min(factor, size.longest_edge / max(shape))
+    height, width = (int(side * factor + 0.5) for side in shape)
+    return SizeDict(height=height, width=width)
 
 
 def _pad(images: list[Tensor], pad_size: SizeDict | None, *, do_pad: bool) -> tuple[Tensor, Tensor]:
