@@ -233,20 +233,27 @@ def _keep_first_of_duplicates(
     are decided at once instead, again and again until nothing changes, which gives the same.
     """
     is_alike = (overlap > DUPLICATE_IOU) & (entities.labels[:, :, None] == entities.labels[:, None])
-    image = torch.arange(len(overlap), device=overlap.device)[:, None, None]
-    subjects_alike = is_alike[image, triplets.subject[:, :, None], triplets.subject[:, None]]
-    objects_alike = is_alike[image, triplets.object[:, :, None], triplets.object[:, None]]
-    outdoes = (_same_pair(triplets) | (subjects_alike & objects_alike)) & (
-        triplets.predicate[:, :, None] == triplets.predicate[:, None]
+    possible = triplets.score >= 0
+    predicate = triplets.predicate.where(possible, -1)
+    # Few pairs have one predicate; only these are looked at.
+    candidates = (predicate[:, :, None] == predicate[:, None]) & possible[:, None]
+    image, later, earlier = candidates.tril(-1).nonzero(as_tuple=True)
+    subjects, objects = (
+        (field[image, later], field[image, earlier])
+        for field in (triplets.subject, triplets.object)
     )
+    is_clash = (subjects[0] == subjects[1]) & (objects[0] == objects[1])
+    is_clash |= is_alike[image, subjects[0], subjects[1]] & is_alike[image, objects[0], objects[1]]
     if legacy.duplicate_ranking:
         rank = triplets.score * entities.scores.gather(1, triplets.subject)
         rank = rank * entities.scores.gather(1, triplets.object)
-        outdoes &= rank[:, None] > rank[:, :, None]
-    possible = triplets.score >= 0
+        is_clash &= rank[image, earlier] > rank[image, later]
+    image, later, earlier = image[is_clash], later[is_clash], earlier[is_clash]
     kept = possible
     for _ in range(kept.shape[1]):
-        decided = possible & ~(outdoes & _is_earlier(kept)).any(-1)
+        rivals = torch.zeros_like(triplets.predicate)
+        rivals.index_put_((image, later), kept[image, earlier].long(), accumulate=True)
+        decided = possible & (rivals == 0)
         if torch.equal(decided, kept):
             break
         kept = decided
