@@ -12,6 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from ._version import __version__
 from .auto import DEFAULT_CHECKPOINT, TASK
 from .configuration.configuration_sgtr import SgtrConfig
+from .data_commands import add_data_commands
 from .scene_graph import SceneGraph
 
 
@@ -164,6 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert_checkpoint(
         commands.add_parser("convert-checkpoint", help="read the weights of an original")
     )
+    add_data_commands(commands)
     _add_query_slots(commands.add_parser("query-slots", help="draw what each query looks for"))
     _add_attention(commands.add_parser("attention", help="draw where queries look in a picture"))
     return parser

@@ -24,19 +24,29 @@ class RelationRecord(TypedDict):
 
 
 def scene_graph_features(
-    entity_names: Sequence[str], predicate_names: Sequence[str]
+    entity_names: Sequence[str],
+    predicate_names: Sequence[str],
+    attribute_names: Sequence[str] = (),
+    *,
+    masks: bool = False,
 ) -> datasets.Features:
     """Describe the record with its vocabularies.
 
     Args:
         entity_names: Classes of entities, from 0, without background.
         predicate_names: Predicates, from 0, without background.
+        attribute_names: Attributes, from 0; without any, entities have no such field.
+        masks: Whether entities have a mask, an image of the whole picture's size.
     """
-    entity = {
-        "id": datasets.Value("int32"),
+    entity: dict[str, Any] = {
+        "id": datasets.Value("int64"),
         "bbox": datasets.List(datasets.Value("float32"), length=4),
         "label": datasets.ClassLabel(names=list(entity_names)),
     }
+    if attribute_names:
+        entity["attributes"] = datasets.List(datasets.ClassLabel(names=list(attribute_names)))
+    if masks:
+        entity["mask"] = datasets.Image()
     relation = {
         "subject": datasets.Value("int32"),
         "object": datasets.Value("int32"),
