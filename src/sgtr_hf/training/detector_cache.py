@@ -130,7 +130,11 @@ class CachedDetectorDataset(Dataset[CachedImage]):
                 end = len(labels) + len(batch["labels"])
                 for name, array in arrays.items():
                     array[len(labels) : end] = features[name].cpu().numpy()
-                labels += batch["labels"]
+                # Copies: tensors of a loader's worker hold a file descriptor each.
+                labels += [
+                    {name: tensor.clone() for name, tensor in label.items()}
+                    for label in batch["labels"]
+                ]
         torch.save(labels, self.folder / f"labels-{rank}.pt")
 
     def _create(self, features: dict[str, Tensor], share: int, rank: int) -> dict[str, np.ndarray]:
