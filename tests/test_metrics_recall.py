@@ -11,7 +11,9 @@ from sgtr_hf.metrics.recall import (
     RecallProtocol,
     SceneGraphRecall,
     detector_ceiling,
+    distinct_triplets,
     harmonic_mean,
+    without_constraint,
 )
 from sgtr_hf.metrics.triplet_matching import rank_of_first_hit, reachable_triplets
 from sgtr_hf.scene_graph import SceneGraph
@@ -330,3 +332,54 @@ def test_no_recall_is_above_the_detector_ceiling(data_set):
     metric = SceneGraphRecall()
     metric.update(predictions, references)
     assert metric.compute()["R@100"] < whole["R"] < 1
+
+
+def test_pairs_count_whatever_is_said_of_them():
+    reference = two_things(relations=[[0, 1, 0], [1, 0, 1]])
+    prediction = two_things(relations=[[0, 1, 1], [1, 0, 1]])
+    metric = SceneGraphRecall((1, 2))
+    metric.update([prediction], [reference])
+    report = metric.compute()
+    assert (report["R@1"], report["R@2"]) == (0, 0.5)
+    assert (report["pair_R@1"], report["pair_R@2"]) == (0.5, 1)
+    assert report["micro_R@2"] == 0.5
+
+
+def test_zero_shot_recall_looks_at_unseen_triplets_alone():
+    seen = distinct_triplets([two_things(relations=[[0, 1, 0]])])
+    assert seen.tolist() == [[0, 1, 0]]
+    first = two_things(relations=[[0, 1, 0], [1, 0, 1]])
+    second = two_things(relations=[[0, 1, 0]])
+    metric = SceneGraphRecall((5,), seen_triplets=seen)
+    metric.update([two_things(relations=[[1, 0, 1]]), second], [first, second])
+    report = metric.compute()
+    # The second image has nothing unseen and does not count.
+    assert report["zR@5"] == 1
+    assert report["R@5"] == 0.75
+    metric = SceneGraphRecall((5,), seen_triplets=seen)
+    metric.update([second], [second])
+    assert np.isnan(metric.compute()["zR@5"])
+
+
+def test_without_constraint_a_pair_may_say_everything():
+    graph = dataclasses.replace(
+        two_things(relations=[[0, 1, 0], [1, 0, 0]]),
+        scores=[1.0, 0.5],
+        predicate_distributions=[[0.9, 0.2], [0.3, 0.8]],
+    )
+    free = without_constraint(graph, top_k=3)
+    assert free.relations.tolist() == [[0, 1, 0], [1, 0, 1], [1, 0, 0]]
+    np.testing.assert_allclose(free.relation_scores, [0.45, 0.4, 0.15], rtol=1e-6)
+    with pytest.raises(ValueError, match="predicate_distributions"):
+        without_constraint(two_things(relations=[[0, 1, 0]]))
+
+
+def two_things(relations):
+    return SceneGraph(
+        boxes_xyxy=[[0, 0, 10, 10], [20, 20, 40, 40]],
+        labels=[0, 1],
+        scores=[1.0, 1.0],
+        relations=relations,
+        relation_scores=np.linspace(1, 0.5, len(relations)),
+        image_size=(64, 64),
+    )

@@ -3,8 +3,8 @@
 I images, R annotated triplets of all images, P predicates.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,7 @@ PROTOCOLS: Mapping[str, RecallProtocol] = {"clean": CLEAN_PROTOCOL, "sgtr": SGTR
 
 
 class SceneGraphRecall:
-    """R@K, mR@K, F@K and recall per predicate.
+    """R@K, mR@K, F@K, recall per predicate, of pairs and, on request, of unseen triplets.
 
     Keeps one rank and one predicate for each annotated triplet, never graphs or boxes. The
     predictions are taken as they are: give graphs with one predicate a pair for the recall under
@@ -63,6 +63,8 @@ class SceneGraphRecall:
         protocol: "clean", "sgtr" (as in the published tables) or a `RecallProtocol`.
         num_predicates: P; needed if the protocol averages over all predicates.
         id2predicate: Names for the report, where a predicate without name is its number.
+        seen_triplets: (S, 3) classes of subject and object, and predicate, of all triplets in the
+            training annotations (`distinct_triplets`); gives the zero-shot recall zR@K.
 
     Raises:
         ValueError: If `top_k` is empty or not positive, `protocol` is unknown, or `num_predicates`
@@ -82,6 +84,7 @@ class SceneGraphRecall:
         protocol: str | RecallProtocol = "clean",
         num_predicates: int | None = None,
         id2predicate: Mapping[int, str] | None = None,
+        seen_triplets: IntArray | None = None,
     ) -> None:
         if not top_k or min(top_k) < 1:
             raise ValueError(f"`top_k` must hold positive numbers, got {tuple(top_k)}.")
@@ -94,7 +97,8 @@ class SceneGraphRecall:
             )
         self.num_predicates = num_predicates
         self.id2predicate = dict(id2predicate or {})
-        self._records = _ImageRecords()
+        self._seen = None if seen_triplets is None else _triplet_keys(seen_triplets)
+        self._records = _ImageRecords(("pair_ranks", "is_unseen"))
 
     def update(self, predictions: Sequence[SceneGraph], references: Sequence[SceneGraph]) -> None:
         """Add images.
@@ -109,13 +113,28 @@ class SceneGraphRecall:
         """
         for prediction, reference in _pairs(predictions, references):
             _check_predicates(reference, self.num_predicates)
-            ranks = rank_of_first_hit(
-                prediction,
-                reference,
-                self.protocol.iou_threshold,
-                add_one_pixel=self.protocol.add_one_pixel,
+            ranks, pair_ranks = (
+                rank_of_first_hit(
+                    prediction,
+                    reference,
+                    self.protocol.iou_threshold,
+                    add_one_pixel=self.protocol.add_one_pixel,
+                    any_predicate=any_predicate,
+                )
+                for any_predicate in (False, True)
             )
-            self._records.add(ranks, reference.relations[:, 2], len(prediction.relations))
+            is_unseen = np.zeros(len(ranks), dtype=np.int64)
+            if self._seen is not None:
+                is_unseen = (
+                    ~np.isin(_triplet_keys(labelled_triplets(reference)), self._seen)
+                ).astype(np.int64)
+            self._records.add(
+                ranks,
+                reference.relations[:, 2],
+                len(prediction.relations),
+                pair_ranks=pair_ranks,
+                is_unseen=is_unseen.astype(np.int64),
+            )
 
     def state_dict(self) -> dict[str, IntArray]:
         """Return everything gathered so far as arrays, to be sent to another process."""
@@ -146,8 +165,11 @@ class SceneGraphRecall:
         Returns:
             "R@K": mean over images of the share of their triplets found; "mR@K": the mean over
             images with a predicate of the share found of it, averaged over predicates; "F@K":
-            harmonic mean of both; "per_predicate": {"R@K": {predicate: recall}} of the annotated
-            ones; and the counts "num_images" (averaged over), "num_images_without_relations"
+            harmonic mean of both; "pair_R@K": as "R@K", whatever predicate the pair was given;
+            "micro_R@K": share of all triplets, whatever their image; "zR@K": "R@K" of the triplets
+            that were never seen, over images that have any; "per_predicate": {"R@K": {predicate:
+            recall}} of the annotated ones; and the counts "num_images" (averaged over),
+            "num_images_without_relations"
             (skipped), "num_images_without_predictions" (skipped or 0, see "protocol"),
             "num_predicates" (averaged over), "num_predicates_annotated", "num_relations". Metrics
             are NaN if no image is left.
@@ -163,6 +185,11 @@ class SceneGraphRecall:
             report[f"R@{k}"] = recall
             report[f"mR@{k}"] = mean_recall
             report[f"F@{k}"] = harmonic_mean(recall, mean_recall)
+            report[f"pair_R@{k}"] = _recall_of(records, records.others["pair_ranks"], k)
+            report[f"micro_R@{k}"] = float(is_found.mean()) if len(is_found) else float("nan")
+            if self._seen is not None:
+                unseen = records.where(records.others["is_unseen"] == 1)
+                report[f"zR@{k}"] = _recall_of(unseen, unseen.ranks, k)
             per_predicate[f"R@{k}"] = _with_names(by_predicate, self.id2predicate)
         num_annotated = len(np.unique(records.predicates))
         return {
@@ -240,6 +267,45 @@ def harmonic_mean(first: float, second: float) -> float:
     return 2 * first * second / total if total else 0.0
 
 
+def distinct_triplets(references: Iterable[SceneGraph]) -> IntArray:
+    """Return the triplets (S, 3) of subject class, object class and predicate that occur."""
+    rows = [np.unique(labelled_triplets(reference), axis=0) for reference in references]
+    return np.unique(np.concatenate([*rows, np.zeros((0, 3), dtype=np.int64)]), axis=0)
+
+
+def labelled_triplets(graph: SceneGraph) -> IntArray:
+    """Return the relations (R, 3) of a graph as subject class, object class and predicate."""
+    ends = graph.labels[graph.relations[:, :2]]
+    return np.concatenate((ends, graph.relations[:, 2:]), axis=1).astype(np.int64)
+
+
+def without_constraint(graph: SceneGraph, top_k: int = 100) -> SceneGraph:
+    """Let every relation say each predicate, and keep the best (ng-R in the literature).
+
+    The score of a row is subject score x object score x probability of the predicate.
+
+    Args:
+        graph: With `predicate_distributions`.
+        top_k: Rows to keep.
+
+    Raises:
+        ValueError: If the graph has no distributions.
+    """
+    if graph.predicate_distributions is None:
+        raise ValueError("`graph.predicate_distributions` are needed, this graph has none.")
+    pairs = graph.relations[:, :2]
+    scores = graph.scores[pairs].prod(axis=1)[:, None] * graph.predicate_distributions
+    kept = min(top_k, scores.size)
+    best = np.argsort(-scores, axis=None, kind="stable")[:kept]
+    rows, predicates = np.unravel_index(best, scores.shape)
+    return replace(
+        graph,
+        relations=np.column_stack((pairs[rows], predicates)).astype(np.int64),
+        relation_scores=scores.ravel()[best],
+        predicate_distributions=graph.predicate_distributions[rows],
+    )
+
+
 @dataclass(frozen=True)
 class _Records:
     """Annotated triplets of the images averaged over; `images` counts up from 0 without gaps."""
@@ -248,22 +314,38 @@ class _Records:
     predicates: IntArray
     images: IntArray
     num_images: int
+    others: Mapping[str, IntArray]
+
+    def where(self, is_kept: BoolArray) -> "_Records":
+        """Keep some triplets, and the images that have any of them."""
+        images = np.unique(self.images[is_kept], return_inverse=True)[1]
+        return _Records(
+            self.ranks[is_kept],
+            self.predicates[is_kept],
+            images,
+            int(images.max()) + 1 if len(images) else 0,
+            {name: values[is_kept] for name, values in self.others.items()},
+        )
 
 
 class _ImageRecords:
-    """Rank and predicate of every annotated triplet, and two counts of every image."""
+    """Rank and predicate of every annotated triplet, and two counts of every image.
 
-    def __init__(self) -> None:
-        self._parts: dict[str, list[IntArray]] = {
-            "ranks": [],
-            "predicates": [],
-            "relations_per_image": [],
-            "predictions_per_image": [],
-        }
+    Args:
+        others: Names of further numbers of every triplet.
+    """
 
-    def add(self, ranks: IntArray, predicates: IntArray, num_predictions: int) -> None:
+    def __init__(self, others: tuple[str, ...] = ()) -> None:
+        self._others = others
+        names = ("ranks", "predicates", *others, "relations_per_image", "predictions_per_image")
+        self._parts: dict[str, list[IntArray]] = {name: [] for name in names}
+
+    def add(
+        self, ranks: IntArray, predicates: IntArray, num_predictions: int, **others: IntArray
+    ) -> None:
         self.merge_state(
-            {
+            others
+            | {
                 "ranks": ranks,
                 "predicates": predicates,
                 "relations_per_image": np.array([len(ranks)]),
@@ -296,6 +378,7 @@ class _ImageRecords:
             predicates=state["predicates"][is_triplet_used],
             images=np.repeat(numbers, state["relations_per_image"])[is_triplet_used],
             num_images=int(is_used.sum()),
+            others={name: state[name][is_triplet_used] for name in self._others},
         )
 
     def count_images(self, records: _Records) -> dict[str, int]:
@@ -307,6 +390,21 @@ class _ImageRecords:
             "num_images_without_relations": int((~has_relations).sum()),
             "num_images_without_predictions": int((has_relations & ~has_predictions).sum()),
         }
+
+
+def _recall_of(records: _Records, ranks: IntArray, k: int) -> float:
+    """Mean over images of the share of triplets whose rank is below k."""
+    if not records.num_images:
+        return float("nan")
+    is_found = (ranks != MISSED) & (ranks < k)
+    return float(_share_of_groups(is_found, records.images).mean())
+
+
+def _triplet_keys(triplets: IntArray) -> IntArray:
+    """One number for each row of (S, 3) small numbers."""
+    subject, object_, predicate = np.asarray(triplets, dtype=np.int64).reshape(-1, 3).T
+    keys: IntArray = (subject << 40) | (object_ << 20) | predicate
+    return keys
 
 
 def _average(is_found: BoolArray, records: _Records) -> tuple[float, dict[int, float]]:

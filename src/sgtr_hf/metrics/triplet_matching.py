@@ -25,6 +25,7 @@ def rank_of_first_hit(
     iou_threshold: float = 0.5,
     *,
     add_one_pixel: bool = False,
+    any_predicate: bool = False,
 ) -> IntArray:
     """Find how far down the predictions each annotated triplet is first found.
 
@@ -38,6 +39,7 @@ def rank_of_first_hit(
         iou_threshold: Least intersection over union of subjects and of objects, inclusive, (0, 1].
         add_one_pixel: Take boxes as ranges of whole pixels that include the last one, as the
             published evaluators do.
+        any_predicate: Let a prediction of the right pair hit, whatever it says of it.
 
     Returns:
         (R,) int64 ranks from 0; -1 where no prediction hits.
@@ -55,7 +57,7 @@ def rank_of_first_hit(
         return ranks
     predicted, annotated = prediction.relations, reference.relations
     # One row for each predicted triplet, one column for each annotated one.
-    hits = predicted[:, None, 2] == annotated[None, :, 2]
+    hits = (predicted[:, None, 2] == annotated[None, :, 2]) | any_predicate
     hits &= alike[np.ix_(predicted[:, 0], annotated[:, 0])]
     hits &= alike[np.ix_(predicted[:, 1], annotated[:, 1])]
     return np.where(hits.any(axis=0), hits.argmax(axis=0), ranks)
