@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from sgtr_hf.metrics.open_images import OpenImagesScore, best_predicates
 from sgtr_hf.metrics.recall import SceneGraphRecall, distinct_triplets, without_constraint
 from sgtr_hf.scene_graph import SceneGraph
 
@@ -144,3 +145,21 @@ def test_all_recalls_equal_the_original():
 def graph_of_best_predicates(graph):
     """Pairs in the recorded order, each with its best predicate."""
     return dataclasses.replace(graph, relation_scores=np.linspace(1.0, 0.0, len(graph.relations)))
+
+
+@pytest.mark.fidelity
+def test_open_images_scores_equal_the_original():
+    folder = Path(os.environ["SGTR_GOLDEN_DIR"])
+    arrays = load_file(folder / "metrics.safetensors")
+    figures = json.loads((folder / "metrics.json").read_text())["open_images"]
+    references = read_graphs(arrays, "truth", read_relations(arrays, "truth"))
+    no_relations = [np.zeros((0, 3), dtype=np.int64)] * len(references)
+    pairs = with_distributions(arrays, read_graphs(arrays, "prediction", no_relations))
+    metric = OpenImagesScore()
+    metric.update([best_predicates(graph) for graph in pairs], references)
+    report = metric.compute()
+    for ours, original in (
+        ("micro_R@50", "microR@50"), ("wmAP_rel", "w_rel_mAP"), ("wmAP_phr", "w_phr_mAP"),
+        ("score_wtd", "score"),
+    ):  # fmt: skip
+        assert report[ours] == pytest.approx(figures[original], abs=1e-9), ours
