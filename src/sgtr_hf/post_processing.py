@@ -206,8 +206,10 @@ def _assemble(
     is_one_thing = (subject == object_) | (overlap[image, subject, object_] >= SAME_ENTITY_IOU)
     score = torch.where(is_one_thing, -1.0, score)
     score, order = score.sort(dim=-1, descending=True, stable=True)
-    fields = (subject, object_, predicate, query)
-    return _Triplets(*(field.gather(1, order) for field in fields), score)
+    subject, object_, predicate, query = (
+        field.gather(1, order) for field in (subject, object_, predicate, query)
+    )
+    return _Triplets(subject, object_, predicate, query, score)
 
 
 def _same_pair(triplets: _Triplets) -> Tensor:

@@ -22,13 +22,13 @@ class ReadOptions(NamedTuple):
     Args:
         images: Folder of the images, where the format does not say.
         vocabulary: JSON file of names, for formats with free names.
-        index: For COCO files whose annotations are not in the order of their images.
+        with_index: For COCO files whose annotations are not in the order of their images.
         masks: Read masks, where the format has any.
     """
 
     images: Path | None = None
     vocabulary: Path | None = None
-    index: bool = False
+    with_index: bool = False
     masks: bool = False
 
 
@@ -58,7 +58,7 @@ def _required(value: Any, option: str, format_name: str) -> Any:
 
 
 def _read_csv(path: Path, _split: str, options: ReadOptions) -> RecordSource:
-    (descriptions,) = sorted(path.parent.glob("*class-descriptions*.csv"))[:1] or [None]
+    descriptions = min(path.parent.glob("*class-descriptions*.csv"), default=None)
     return read_open_images_csv(
         path,
         _required(descriptions, "a *class-descriptions*.csv beside it", "open-images-csv"),
@@ -73,12 +73,12 @@ FORMATS: dict[str, Reader] = {
     "vg150": lambda path, split, options: read_vg150(
         path, split, None if options.images is None else [options.images]
     ),
-    "coco": lambda path, _, options: read_coco(path, options.images, index=options.index),
+    "coco": lambda path, _, options: read_coco(path, options.images, index=options.with_index),
     "coco-rel": lambda path, split, options: read_coco_rel(
-        path, split, options.images, index=options.index
+        path, split, options.images, index=options.with_index
     ),
     "coco-rel-annotations": lambda path, split, options: read_coco_rel_annotations(
-        _file_of_split(path, split), options.images, index=options.index
+        _file_of_split(path, split), options.images, index=options.with_index
     ),
     "open-images": lambda path, split, options: read_open_images(path, split, options.images),
     "open-images-csv": _read_csv,

@@ -51,7 +51,7 @@ def write_parquet(
     features = source.features()
     count = 0
     with unfinished_folder(output, f".{split}") as folder:
-        shards = []
+        shards: list[Path] = []
         iterator = iter(records)
         while rows := list(itertools.islice(iterator, shard_images)):
             if embed_images:

@@ -44,7 +44,8 @@ def read_gqa(
 
 
 def _names_of_file(path: Path) -> tuple[list[str], list[str]]:
-    entities, predicates = set(), set()
+    entities: set[str] = set()
+    predicates: set[str] = set()
     for _, graph in stream_pairs(path, ""):
         for entity in graph["objects"].values():
             entities.add(entity["name"])

@@ -1,7 +1,7 @@
 """Annotated images for training and evaluation, from any data set of the one schema."""
 
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import BaseImageProcessor
 
 from ..scene_graph import SceneGraph
 from .schema import vocabularies
@@ -102,7 +103,7 @@ class Collator:
         image_processor: A `SgtrImageProcessor`.
     """
 
-    def __init__(self, image_processor: Callable[..., Any]) -> None:
+    def __init__(self, image_processor: BaseImageProcessor) -> None:
         self.image_processor = image_processor
 
     def __call__(self, items: Sequence[TrainingImage]) -> dict[str, Any]:

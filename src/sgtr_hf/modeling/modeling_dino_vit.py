@@ -1,6 +1,6 @@
 """The vision transformer (Dosovitskiy et al. 2021) in the form of DINO (Caron et al. 2021)."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +32,9 @@ class PatchEmbedding(nn.Module):
         self.grid_side = config.image_size // size
         # The first place is the class token's.
         self.position = nn.Parameter(torch.zeros(1, 1 + self.grid_side**2, width))
-        registers = torch.zeros(1, config.num_registers, width) if config.num_registers else None
-        self.register_parameter("registers", None if registers is None else nn.Parameter(registers))
+        self.registers: nn.Parameter | None = None
+        if config.num_registers:
+            self.registers = nn.Parameter(torch.zeros(1, config.num_registers, width))
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -56,11 +57,11 @@ class PatchEmbedding(nn.Module):
         patches = self.projection(pixel_values)
         position = self.interpolate_position(*patches.shape[-2:])
         patches = patches.flatten(2).transpose(1, 2) + position[:, 1:]
-        tokens = [self.class_token + position[:, :1]]
+        extra = self.class_token + position[:, :1]
         if self.registers is not None:
-            tokens.append(self.registers)
-        tokens = [token.expand(len(patches), -1, -1) for token in tokens]
-        return self.dropout(torch.cat((*tokens, patches), dim=1))
+            extra = torch.cat((extra, self.registers), dim=1)
+        tokens = torch.cat((extra.expand(len(patches), -1, -1), patches), dim=1)
+        return self.dropout(tokens)
 
     def interpolate_position(self, height: int, width: int) -> Tensor:
         """Return position embeddings (1, 1 + height * width, d_model) of a grid of patches."""
@@ -149,7 +150,10 @@ class DinoVitModel(DinoVitPreTrainedModel):
             ValueError: If an image is smaller than a patch, or weights are asked of a backend
                 that has none.
         """
-        with record_attention(self) if output_attentions else nullcontext({}) as recorded:
+        recording: AbstractContextManager[dict[str, Tensor]] = nullcontext({})
+        if output_attentions:
+            recording = record_attention(self)
+        with recording as recorded:
             states = [self.embedding(pixel_values)]
             for layer in self.layers:
                 hidden_states = layer(states[-1], **kwargs)

@@ -12,12 +12,12 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from transformers import BaseImageProcessor
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..boxes import box_cxcywh_to_xyxy
 from ..modeling.attention_recording import record_attention
 from ..modeling.modeling_sgtr import SgtrForSceneGraphGeneration, predicate_probabilities
-from ..modeling.modeling_sgtr_detr import SgtrDetrForObjectDetection
+from ..modeling.modeling_sgtr_detr import SgtrDetrForObjectDetection, entity_probabilities
 
 
 _INCHES = 3.2
@@ -64,18 +64,18 @@ def detector_attention(
     inputs = image_processor(images=image, return_tensors="pt").to(model.device)
     with record_attention(detector.model) as recorded:
         nodes = detector.model(inputs["pixel_values"], inputs["pixel_mask"])
-    output = detector.summarize(nodes, detector.read_levels(nodes))
-    scores, labels = output.entity_probabilities[0].max(-1)
+    logits = detector.read_levels(nodes).logits[-1, 0]
+    scores, labels = entity_probabilities(logits, detector.config.classification).max(-1)
     chosen = _chosen(queries, scores)
     cross = _last(recorded, "decoder.layers", "cross_attention")
     panels = []
     for query in chosen:
-        name = model.config.id2label[int(labels[query])]
+        name = _class_name(model, labels[query])
         panels.append(
             AttentionPanel(
                 f"query {query}: {name} {scores[query]:.2f}",
                 heat=_heat(cross[query], nodes.memory.grids),
-                boxes=box_cxcywh_to_xyxy(output.pred_boxes[0, query : query + 1]).cpu().numpy(),
+                boxes=box_cxcywh_to_xyxy(nodes.pred_boxes[0, query : query + 1]).cpu().numpy(),
             )
         )
     if points:
@@ -120,13 +120,12 @@ def triplet_attention(
         role: _last(recorded, f"decoder.{role}_layers", "cross_attention")
         for role in ("subject", "predicate", "object")
     }
+    predicate_names = {index: name for name, index in model.config.predicate2id.items()}
     panels = []
     for query in _chosen(queries, scores, default=2):
-        predicate = model.config.id2predicate[int(predicates[query])]
+        predicate = predicate_names[int(predicates[query])]
         names = {
-            role: model.config.id2label[
-                int(logits[-1, 0, query, : model.config.num_labels].argmax())
-            ]
+            role: _class_name(model, logits[-1, 0, query, : model.config.num_labels].argmax())
             for role, logits in (
                 ("subject", triplets.subject_logits),
                 ("object", triplets.object_logits),
@@ -209,6 +208,11 @@ def _point_panel(attention: Tensor, memory: Any, point: tuple[float, float]) -> 
     row = min(int(point[1] * rows), rows - 1)
     heat = _heat(attention[row * columns + column], memory.grids)
     return AttentionPanel(f"encoder at ({point[0]:.2f}, {point[1]:.2f})", heat=heat, point=point)
+
+
+def _class_name(model: PreTrainedModel, label: Tensor) -> str:
+    names: dict[int, str] = model.config.id2label
+    return names[int(label)]
 
 
 def _last(recorded: dict[str, Tensor], layers: str, attention: str) -> Tensor:
