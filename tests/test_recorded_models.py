@@ -14,9 +14,9 @@ from sgtr_hf import SgtrConfig
 from sgtr_hf.boxes import box_xyxy_to_cxcywh
 from sgtr_hf.hub.checkpoint_conversion import convert_checkpoint
 from sgtr_hf.losses.hungarian_matching import pad_annotations
-from sgtr_hf.losses.scene_graph_loss import match_triplets
 from sgtr_hf.modeling.graph_assembling import assembling_scores
 from sgtr_hf.post_processing import LegacyRules, find_scene_graphs
+from triplet_matching_reference import match_triplets
 
 
 pytestmark = pytest.mark.fidelity
@@ -129,7 +129,7 @@ def test_sgtr(folder, name, file_format, backend):
         nodes = model.model(*batch, annotations)
         entities = model.model.detector.read_levels(nodes.detector)
         sizes = torch.tensor([recorded[f"image.{image}"].shape[:2] for image in (0, 1)])
-        triplets = model.read_levels(nodes, entities, sizes, all_levels=True)
+        triplets = model.read_levels(nodes, nodes.triplets, sizes, all_levels=True)
         matches = match_triplets(
             model.config, triplets, entities.logits[-1], entities.boxes[-1], annotations
         )

@@ -12,13 +12,11 @@ from sgtr_hf.boxes import box_xyxy_to_cxcywh, scale_boxes
 from sgtr_hf.configuration.configuration_sgtr import SgtrConfig
 from sgtr_hf.losses.detection_loss import detection_losses
 from sgtr_hf.losses.hungarian_matching import assign, entity_matching_costs, pad_annotations
-from sgtr_hf.losses.scene_graph_loss import (
-    TripletPredictions,
-    legacy_triplet_matching,
-    match_triplets,
-    scene_graph_losses,
-)
+from sgtr_hf.losses.scene_graph_loss import TripletAssignment, scene_graph_losses
+from sgtr_hf.losses.triplet_matching_costs import legacy_triplet_matching
+from sgtr_hf.losses.triplet_predictions import TripletPredictions
 from sgtr_hf.modeling.graph_assembling import assembling_scores
+from triplet_matching_reference import match_triplets
 
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -116,7 +114,7 @@ def test_last_level_equals_the_original(name):
             config, predictions, entities["pred_logits"], entities["pred_boxes"], annotations
         )
         assert torch.equal(found, matches)
-    losses = scene_graph_losses(config, predictions, annotations, matches)
+    losses = scene_graph_losses(config, predictions, TripletAssignment(annotations, matches))
     head = "loss_rel_focal" if name == "vg" else "loss_rel_ce"
     names = {**original_names(), "loss_predicate": head}
     for ours, original in names.items():
@@ -158,7 +156,7 @@ def test_recorded_levels_equal_the_original(name):
     assert torch.equal(
         matches, torch.stack([recorded_matches(tensors, record, 4) for record in (1, 5, 0)])
     )
-    losses = scene_graph_losses(config, predictions, annotations, matches)
+    losses = scene_graph_losses(config, predictions, TripletAssignment(annotations, matches))
     head = "loss_rel_focal" if name == "vg" else "loss_rel_ce"
     names = {**original_names(), "loss_predicate": head}
     assert len(losses) == 3 * len(names)

@@ -30,6 +30,7 @@ ALLOWED = {
     "PIL",
     "scipy",
     "collections",
+    "contextlib",
     "dataclasses",
     "functools",
     "itertools",

@@ -78,6 +78,43 @@ def generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     return _safe_ratio(intersection, union) - _safe_ratio(hull - union, hull)
 
 
+def pair_geometry(subject_boxes: Tensor, object_boxes: Tensor) -> Tensor:
+    """Describe how the box of an object lies to the box of a subject.
+
+    Args:
+        subject_boxes: (..., 4) cxcywh relative to the image.
+        object_boxes: (..., 4) that broadcast against them.
+
+    Returns:
+        (..., 12): offset of the centres, relative to the image and to the mean size; offsets of
+        top and bottom edges to the mean height; logarithms of the ratios of the sizes; shares of
+        subject and object inside the other; IoU; logarithm of the ratio of the areas.
+    """
+    subject, object_ = (
+        box_cxcywh_to_xyxy(boxes) for boxes in torch.broadcast_tensors(subject_boxes, object_boxes)
+    )
+    # A box of less than a thousandth of the image has no size worth a ratio.
+    subject_size, object_size = (
+        boxes[..., 2:].clamp(min=1e-3).expand_as(subject[..., 2:])
+        for boxes in (subject_boxes, object_boxes)
+    )
+    mean_size = (subject_size + object_size) / 2
+    shift = (object_boxes[..., :2] - subject_boxes[..., :2]).expand_as(mean_size)
+    edges = (object_[..., 1::2] - subject[..., 1::2]) / mean_size[..., 1:]
+    ratio = (object_size / subject_size).log()
+    intersection, union = _intersection_and_union(subject, object_)
+    parts = [
+        intersection / subject_size.prod(-1),
+        intersection / object_size.prod(-1),
+        _safe_ratio(intersection, union),
+        ratio.sum(-1),
+    ]
+    return torch.cat((shift, shift / mean_size, edges, ratio, torch.stack(parts, -1)), dim=-1)
+
+
+PAIR_GEOMETRY_SIZE = 12
+
+
 def _intersection_and_union(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:
     overlap = torch.minimum(boxes1[..., 2:], boxes2[..., 2:]) - torch.maximum(
         boxes1[..., :2], boxes2[..., :2]

@@ -51,6 +51,15 @@ class _Entities(NamedTuple):
         return box_iou(self.boxes[:, :, None], self.boxes[:, None])
 
 
+class _Links(NamedTuple):
+    """The K likeliest pairs of entities of each query, (B, Q, K) each."""
+
+    subject: Tensor
+    object: Tensor
+    probability: Tensor
+    """That they belong to the query; 1 where assembling knows no probabilities."""
+
+
 class _Triplets(NamedTuple):
     """M candidates an image, best first."""
 
@@ -110,11 +119,15 @@ def find_scene_graphs(
     """Assemble triplets, rank them, drop what says the same twice, and return graphs.
 
     The score of a triplet is predicate x subject x object probability, as in SGTR (Li et al.
-    2022). A graph holds the entities of its relations and all others that are likely.
+    2022); with unified assembling also times the probabilities that they belong together. A graph
+    holds the entities of its relations and all others that are likely.
 
     Args:
         outputs: With `entity_probabilities`, `pred_boxes`, `predicate_probabilities`,
-            `subject_scores` and `object_scores` of a scene graph model.
+            `subject_scores` and `object_scores` of a scene graph model; with
+            `subject_log_correspondence` and `object_log_correspondence` of unified assembling, the
+            best pairs of each query count, instead of the best entities of both roles rank with
+            rank.
         target_sizes: (B, 2) height and width of the pictures; boxes in [0, 1] if None.
         threshold: Least score of a relation, in [0, 1].
         top_k: Most relations a graph.
@@ -134,9 +147,11 @@ def find_scene_graphs(
     overlap = entities.overlap(legacy)
     predicates = outputs["predicate_probabilities"]
     candidates = _choose_predicates(predicates, legacy)
-    triplets = _assemble(
-        entities, overlap, candidates, (outputs["subject_scores"], outputs["object_scores"])
+    links = _link(
+        (outputs["subject_scores"], outputs["object_scores"]),
+        is_unified=outputs.get("subject_log_correspondence") is not None,
     )
+    triplets = _assemble(entities, overlap, candidates, links)
     kept = _keep_first_of_duplicates(entities, overlap, triplets, legacy)
     if graph_constraint:
         kept &= ~(_same_pair(triplets) & _is_earlier(kept)).any(-1)
@@ -187,21 +202,34 @@ def _choose_predicates(predicates: Tensor, legacy: LegacyRules) -> tuple[Tensor,
     return scores, cells // num_predicates, cells % num_predicates
 
 
+def _link(assembling_scores: tuple[Tensor, Tensor], *, is_unified: bool) -> _Links:
+    """Give each query its most likely entities: rank with rank, or the best pairs of all."""
+    scores = [role.float() for role in assembling_scores]
+    count = min(LINKS, scores[0].shape[2])
+    (subject_scores, subjects), (object_scores, objects) = (role.topk(count) for role in scores)
+    if not is_unified:
+        return _Links(subjects, objects, torch.ones_like(subject_scores))
+    # (B, Q, K, K) -> (B, Q, K * K), of which the best K stay.
+    products = (subject_scores[..., :, None] * object_scores[..., None, :]).flatten(-2)
+    probabilities, cells = products.topk(count)
+    return _Links(
+        subjects.gather(-1, cells // count), objects.gather(-1, cells % count), probabilities
+    )
+
+
 def _assemble(
     entities: _Entities,
     overlap: Tensor,
     candidates: tuple[Tensor, Tensor, Tensor],
-    assembling_scores: tuple[Tensor, Tensor],
+    links: _Links,
 ) -> _Triplets:
-    """Link the candidates to their best entities, rank with rank, best first."""
-    links = min(LINKS, entities.scores.shape[1])
-    linked = []
-    for scores in assembling_scores:
-        best = scores.topk(links, dim=-1).indices
-        linked.append(best.gather(1, candidates[1][..., None].expand(-1, -1, links)).flatten(1))
-    subject, object_ = linked
-    score, query, predicate = (field.repeat_interleave(links, dim=1) for field in candidates)
-    score = score * entities.scores.gather(1, subject) * entities.scores.gather(1, object_)
+    """Make a triplet of each candidate and each link of its query, best first."""
+    count = links.subject.shape[2]
+    columns = candidates[1][..., None].expand(-1, -1, count)
+    subject, object_, probability = (field.gather(1, columns).flatten(1) for field in links)
+    score, query, predicate = (field.repeat_interleave(count, dim=1) for field in candidates)
+    subject_score = entities.scores.gather(1, subject)
+    score = score * subject_score * entities.scores.gather(1, object_) * probability
     image = torch.arange(len(overlap), device=overlap.device)[:, None]
     is_one_thing = (subject == object_) | (overlap[image, subject, object_] >= SAME_ENTITY_IOU)
     score = torch.where(is_one_thing, -1.0, score)

@@ -15,12 +15,33 @@ class SgtrConfig(PreTrainedConfig):
 
     The defaults are SGTR (Li et al. 2022) as released for Visual Genome, without its quirks;
     those are the `legacy_*` fields. Entity classes are the detector's: `config.id2label`.
+    `predicate_node_generator="spatial_aware"`, `graph_assembling="unified"` and
+    `pair_queries=True` make it SGTR+ (a reimplementation: no original code exists).
 
     Args:
         detector_config: The entity node generator, a `SgtrDetrConfig`.
         id2predicate: Names of the predicates, from 0, without background.
         freeze_detector: Run the detector without gradients, in evaluation mode; only the
             predicate part trains.
+        predicate_node_generator: "structural" (SGTR), or "spatial_aware" (SGTR+): queries have
+            anchors for subject and object, which each level refines.
+        graph_assembling: "rule_based" (SGTR), or "unified" (SGTR+): learned and differentiable.
+        pair_queries: Start the queries from the pairs of entities that are most likely related
+            (ours) instead of learned queries.
+        pair_width: Width of the layer that scores all pairs (ours).
+        triplet_exchange: Self-attention over the three vectors of a query after each level; else
+            SGTR's sum into the predicate. Of the spatial-aware generator (ours).
+        gaussian_attention: Bias the predicate's attention to the image by Gaussian maps around its
+            anchors. Of the spatial-aware generator (from traces in the release).
+        gaussian_spread: Squared distance, in sides of an anchor, at which such a map has fallen
+            to 1 / e (0.6 in the release).
+        num_triplet_denoising_groups: Groups of noised annotated pairs that train the decoder
+            besides the queries (ours, after DN-DETR). Needs both `pair_queries` and the
+            spatial-aware generator.
+        triplet_denoising_label_noise: Share of their entities that get a random class.
+        triplet_denoising_box_noise: Largest shift of their boxes, as for the detector.
+        auxiliary_assignments: Queries that each relation is assigned to at the earlier levels,
+            instead of one (ours, after one-to-many training of detectors).
         predicate_encoder_layers: Encoder layers on top of the detector's memory.
         predicate_decoder_layers: Levels of the structural decoder.
         num_predicate_queries: Predicate queries.
@@ -35,6 +56,7 @@ class SgtrConfig(PreTrainedConfig):
         entity_box_embedding: Add a learned map of the sine embedding of their boxes to the entity
             nodes (ours). The vectors of a detector with anchors say how to refine a box, not where
             it is; those of the original know it themselves.
+        entity_class_embedding: Add a linear map of their class probabilities, too (ours).
         predicate_classification: "focal" is a sigmoid a predicate (Visual Genome), "softmax" has a
             background class in front (Open Images).
         assembling_top_k: Entities kept a role and query at inference, paired rank with rank.
@@ -45,6 +67,17 @@ class SgtrConfig(PreTrainedConfig):
             (ours).
         legacy_pixel_distance: Measure that distance in pixels of the resized image instead
             (`rel_detr_inference.py`).
+        assembling_box_scale: Factor on the city-block distance of boxes in unified assembling,
+            against a similarity of about one (ours).
+        score_temperature: Divides the predicate logits before they become probabilities; fitted
+            on validation data so that the score of a triplet is the probability that it is right.
+        score_offset: Added after that, likewise.
+        predicate_frequencies: How often each predicate is annotated in the training data, on any
+            scale; needed by the next two.
+        logit_adjustment: Strength tau: in training, tau times the log frequency is added to the
+            logits (Menon et al. 2021), so that without it rare predicates come out higher.
+        predicate_reweighting: Exponent beta: positives weigh (median frequency / frequency) to
+            the beta in the predicate loss (ours).
         predicate_cost_weight: Matching weight of the predicate probability.
         relation_vector_cost_weight: Matching weight of the L1 distance of centres.
         entity_class_cost_weight: Matching weight of the assembled entities' classes.
@@ -57,6 +90,13 @@ class SgtrConfig(PreTrainedConfig):
         indicator_box_loss_weight: Weight of the indicators' L1 box loss.
         indicator_giou_loss_weight: Weight of the indicators' generalised IoU loss.
         indicator_class_loss_weight: Weight of the indicators' classification.
+        assembled_box_loss_weight: Weight of the L1 loss of the boxes that unified assembling sums
+            up.
+        assembled_giou_loss_weight: Weight of their generalised IoU loss.
+        assembled_class_loss_weight: Weight of their negative log-likelihood of the class.
+        correspondence_loss_weight: Weight of the cross entropy between correspondence and the
+            entities that the detector's matching found.
+        relatedness_loss_weight: Weight of the focal loss of the scores of all pairs.
         auxiliary_relation_loss_weight: Factor on all relation losses of the earlier levels.
         predicate_background_weight: Weight of background in the softmax classification.
         focal_alpha: Positive weight of the focal predicate loss.
@@ -79,6 +119,17 @@ class SgtrConfig(PreTrainedConfig):
     detector_config: dict[str, Any] | PreTrainedConfig | None = None
     id2predicate: dict[int, str] | dict[str, str] | None = None
     freeze_detector: bool = False
+    predicate_node_generator: Literal["structural", "spatial_aware"] = "structural"
+    graph_assembling: Literal["rule_based", "unified"] = "rule_based"
+    pair_queries: bool = False
+    pair_width: int = 32
+    triplet_exchange: bool = True
+    gaussian_attention: bool = True
+    gaussian_spread: float | int = 0.6
+    num_triplet_denoising_groups: int = 0
+    triplet_denoising_label_noise: float | int = 0.2
+    triplet_denoising_box_noise: float | int = 0.4
+    auxiliary_assignments: int = 1
     predicate_encoder_layers: int = 3
     predicate_decoder_layers: int = 6
     num_predicate_queries: int = 180
@@ -90,12 +141,19 @@ class SgtrConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-5
     dynamic_queries: bool = True
     entity_box_embedding: bool = True
+    entity_class_embedding: bool = False
     predicate_classification: Literal["focal", "softmax"] = "focal"
     assembling_top_k: int = 3
     training_assembling_top_k: int = 25
     assembling_exponent: float | int = 0.6
     assembling_distance_scale: float | int = 512.0
     legacy_pixel_distance: bool = False
+    assembling_box_scale: float | int = 10.0
+    score_temperature: float | int = 1.0
+    score_offset: float | int = 0.0
+    predicate_frequencies: list[float | int] | None = None
+    logit_adjustment: float | int = 0.0
+    predicate_reweighting: float | int = 0.0
     predicate_cost_weight: float | int = 1.0
     relation_vector_cost_weight: float | int = 0.6
     entity_class_cost_weight: float | int = 0.5
@@ -108,6 +166,11 @@ class SgtrConfig(PreTrainedConfig):
     indicator_box_loss_weight: float | int = 0.5
     indicator_giou_loss_weight: float | int = 0.5
     indicator_class_loss_weight: float | int = 0.3
+    assembled_box_loss_weight: float | int = 0.5
+    assembled_giou_loss_weight: float | int = 0.5
+    assembled_class_loss_weight: float | int = 0.3
+    correspondence_loss_weight: float | int = 0.5
+    relatedness_loss_weight: float | int = 1.0
     auxiliary_relation_loss_weight: float | int = 0.5
     predicate_background_weight: float | int = 0.08
     focal_alpha: float | int = 0.25
@@ -163,10 +226,16 @@ class SgtrConfig(PreTrainedConfig):
             "num_attention_heads",
             "assembling_top_k",
             "training_assembling_top_k",
+            "pair_width",
+            "auxiliary_assignments",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        for name in ("predicate_encoder_layers", "feed_forward_dim"):
+        for name in (
+            "predicate_encoder_layers",
+            "feed_forward_dim",
+            "num_triplet_denoising_groups",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
 
@@ -175,6 +244,46 @@ class SgtrConfig(PreTrainedConfig):
         for name, value in vars(self).items():
             if name.endswith(("_cost_weight", "_loss_weight", "_background_weight")) and value < 0:
                 raise ValueError(f"`{name}` must be at least 0, got {value}.")
-        for name in ("dropout", "focal_alpha"):
+        for name in (
+            "dropout",
+            "focal_alpha",
+            "triplet_denoising_label_noise",
+            "triplet_denoising_box_noise",
+        ):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must be between 0 and 1, got {getattr(self, name)}.")
+        for name in ("gaussian_spread", "score_temperature"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")
+
+    def validate_generator(self) -> None:
+        """Reject settings that do not go together, or would have no effect."""
+        is_spatial = self.predicate_node_generator == "spatial_aware"
+        if self.num_triplet_denoising_groups and not (is_spatial and self.pair_queries):
+            raise ValueError(
+                "`num_triplet_denoising_groups` needs `pair_queries=True` and "
+                '`predicate_node_generator="spatial_aware"`; set it to 0 or change those.'
+            )
+        if is_spatial and not (self.dynamic_queries or self.pair_queries):
+            raise ValueError(
+                '`predicate_node_generator="spatial_aware"` needs `dynamic_queries` or '
+                "`pair_queries`: without either all queries would be the same."
+            )
+        if self.legacy_triplet_matching and self.graph_assembling == "unified":
+            raise ValueError(
+                "`legacy_triplet_matching` matches triplets that the rule assembled; it has no "
+                'meaning with `graph_assembling="unified"`.'
+            )
+
+    def validate_frequencies(self) -> None:
+        """Reject frequencies that do not fit the predicates, or are missing."""
+        frequencies = self.predicate_frequencies
+        if frequencies is None:
+            for name in ("logit_adjustment", "predicate_reweighting"):
+                if getattr(self, name):
+                    raise ValueError(f"`{name}` needs `predicate_frequencies`, got None.")
+        elif len(frequencies) != self.num_predicates or min(frequencies) < 0:
+            raise ValueError(
+                f"`predicate_frequencies` must hold a number of at least 0 for each of the "
+                f"{self.num_predicates} predicates, got {frequencies}."
+            )

@@ -51,24 +51,30 @@ class DenoisingQueryGenerator(nn.Module):
         num_entities = annotations.valid.shape[1]
         indices = torch.arange(num_entities, device=valid.device).repeat(self.num_groups)
         return DenoisingQueries(
-            content=self.class_embedding(self._noise_labels(labels)),
-            anchors=self._noise_boxes(boxes),
+            content=self.class_embedding(noise_labels(labels, self.num_classes, self.label_noise)),
+            anchors=noise_boxes(boxes, self.box_noise),
             entity_indices=torch.where(valid, indices, -1),
             group=torch.arange(self.num_groups, device=valid.device).repeat_interleave(
                 num_entities
             ),
         )
 
-    def _noise_labels(self, labels: Tensor) -> Tensor:
-        random_labels = torch.randint_like(labels, self.num_classes)
-        is_noised = torch.rand(labels.shape, device=labels.device) < self.label_noise
-        return torch.where(is_noised, random_labels, labels)
 
-    def _noise_boxes(self, boxes: Tensor) -> Tensor:
-        # The centre moves by at most half the noise times the size, the size changes by the noise.
-        reach = torch.cat((boxes[..., 2:] / 2, boxes[..., 2:]), dim=-1) * self.box_noise
-        noised = boxes + (2 * torch.rand_like(boxes) - 1) * reach
-        return box_xyxy_to_cxcywh(box_cxcywh_to_xyxy(noised).clamp(0, 1))
+def noise_labels(labels: Tensor, num_classes: int, share: float) -> Tensor:
+    """Replace a share of the classes (...) by random ones."""
+    random_labels = torch.randint_like(labels, num_classes)
+    is_noised = torch.rand(labels.shape, device=labels.device) < share
+    return torch.where(is_noised, random_labels, labels)
+
+
+def noise_boxes(boxes: Tensor, amount: float) -> Tensor:
+    """Move and resize boxes (..., 4) cxcywh at random, inside the image.
+
+    The centre moves by at most half the amount times the size, the size changes by the amount.
+    """
+    reach = torch.cat((boxes[..., 2:] / 2, boxes[..., 2:]), dim=-1) * amount
+    noised = boxes + (2 * torch.rand_like(boxes) - 1) * reach
+    return box_xyxy_to_cxcywh(box_cxcywh_to_xyxy(noised).clamp(0, 1))
 
 
 def denoising_visibility(group: Tensor, num_queries: int) -> Callable[..., Tensor]:

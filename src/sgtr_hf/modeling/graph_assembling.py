@@ -1,13 +1,18 @@
-"""Rule-based graph assembling (Li et al. 2022, section 3.4): which entity is whose subject, object.
+"""Graph assembling: which entity is whose subject, and whose object.
 
-The rule has no parameters and no gradient. It works on all images, levels and pairs at once.
+The rule of SGTR (Li et al. 2022, section 3.4) has no parameters and no gradient; the unified
+assembling of SGTR+ (a reimplementation) is learned, the same in training and inference. Both work
+on all images, levels and pairs at once.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..boxes import box_cxcywh_to_xyxy, generalized_box_iou
 from ..configuration.configuration_sgtr import SgtrConfig
+from .graph_nodes import EntityNodes, TripletStates
 
 
 @torch.no_grad()
@@ -61,3 +66,63 @@ def _nearness(
     corners = entity_corners.unflatten(-1, (2, 2)) * scale[..., None, :]
     distance = (centres * scale)[..., :, None, :] - corners.mean(-2)[:, None]
     return 1 / (distance.abs().sum(-1) + 1)
+
+
+class Correspondence(NamedTuple):
+    """Log-probabilities (L, B, Q, N) that an entity is the subject (object) of a query."""
+
+    subject: Tensor
+    object: Tensor
+
+
+class UnifiedAssembling(nn.Module):
+    """Learned, soft correspondence between the role vectors of queries and the entity nodes.
+
+    One softmax over the entities for each role: scaled similarity of the role's vector with the
+    entity's, less the distance between the box that the role expects and the entity's (ours: with
+    anchors it links well from the first step on).
+    """
+
+    def __init__(self, config: SgtrConfig) -> None:
+        super().__init__()
+        width = config.d_model
+        self.box_scale = config.assembling_box_scale
+        self.subject_projection = nn.Linear(width, width)
+        self.object_projection = nn.Linear(width, width)
+        self.subject_key_projection = nn.Linear(width, width)
+        self.object_key_projection = nn.Linear(width, width)
+
+    def forward(
+        self, states: TripletStates, boxes: tuple[Tensor, Tensor], entities: EntityNodes
+    ) -> Correspondence:
+        """Link.
+
+        Args:
+            states: (L, B, Q, d_model) of the three roles.
+            boxes: (L, B, Q, 4) that subject and object are expected to have.
+            entities: N nodes that know class and box.
+        """
+        features = entities.features
+        return Correspondence(
+            self._link(
+                self.subject_projection(states.subject),
+                self.subject_key_projection(features),
+                boxes[0],
+                entities,
+            ),
+            self._link(
+                self.object_projection(states.object),
+                self.object_key_projection(features),
+                boxes[1],
+                entities,
+            ),
+        )
+
+    def _link(self, queries: Tensor, keys: Tensor, boxes: Tensor, entities: EntityNodes) -> Tensor:
+        similarity = torch.matmul(queries, keys.transpose(-1, -2)) * queries.shape[-1] ** -0.5
+        # The city-block distance of boxes that differ by their whole size is about one.
+        distance = torch.cdist(boxes.detach().float(), entities.boxes.detach().float(), p=1.0)
+        scores = similarity.float() - self.box_scale * distance
+        if entities.valid is not None:
+            scores = scores.masked_fill(~entities.valid[:, None], -torch.inf)
+        return scores.log_softmax(dim=-1)

@@ -1,12 +1,10 @@
-"""SGTR (Li et al. 2022): an image becomes entity nodes, predicate nodes and the graph they form."""
+"""SGTR (Li et al. 2022) and SGTR+: an image becomes entity and predicate nodes and their graph."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
 
 from ..configuration.configuration_sgtr import SgtrConfig
 from ..losses.hungarian_matching import (
@@ -16,85 +14,27 @@ from ..losses.hungarian_matching import (
     pad_annotations,
 )
 from ..losses.scene_graph_loss import (
-    TripletPredictions,
-    match_triplets,
+    MatchedEntities,
+    TripletAssignment,
+    relatedness_loss,
     scene_graph_losses,
-    triplet_matching_costs,
 )
+from ..losses.triplet_matching_costs import legacy_triplet_matching, triplet_matching_costs
+from ..losses.triplet_predictions import TripletPredictions, repeat_relations
 from .backbone_freezing import FreezablePreTrainedModel
+from .detection_outputs import EntityLevels, SgtrDetrModelOutput
 from .entity_decoder import ImageMemory
-from .graph_assembling import assembling_scores
+from .given_entities import CERTAIN_LOGIT, GivenEntities, pad_given_entities
+from .graph_assembling import UnifiedAssembling, assembling_scores
+from .graph_nodes import EntityNodes, TripletNodes, TripletStates
+from .graph_outputs import SgtrModelOutput, SgtrSceneGraphOutput
 from .modeling_sgtr_detr import (
-    EntityLevels,
     SgtrDetrForObjectDetection,
-    SgtrDetrModelOutput,
     entity_probabilities,
     init_transformer_weights,
 )
-from .predicate_node_generator import EntityNodes, PredicateNodeGenerator
+from .predicate_node_generator import PredicateNodeGenerator
 from .prediction_heads import BoxHead, ClassHead
-
-
-@dataclass
-class SgtrModelOutput(ModelOutput):
-    """Entity and predicate nodes.
-
-    Args:
-        entity_states: (B, N, d_model) entity nodes.
-        entity_boxes: (B, N, 4) their boxes, cxcywh relative to the image.
-        predicate_states: (L, B, Q, d_model) of the levels of the structural decoder.
-        subject_states: (L, B, Q, d_model).
-        object_states: (L, B, Q, d_model).
-        detector: Output of the detector's base model.
-    """
-
-    # Always there, but transformers wants a default for every output.
-    entity_states: Tensor = None  # type: ignore[assignment]
-    entity_boxes: Tensor = None  # type: ignore[assignment]
-    predicate_states: Tensor = None  # type: ignore[assignment]
-    subject_states: Tensor = None  # type: ignore[assignment]
-    object_states: Tensor = None  # type: ignore[assignment]
-    detector: SgtrDetrModelOutput = None  # type: ignore[assignment]
-
-
-@dataclass
-class SgtrSceneGraphOutput(ModelOutput):
-    """Everything that a scene graph is made of.
-
-    Args:
-        loss: Sum of `loss_dict`, when labels were given.
-        loss_dict: Weighted losses by name.
-        logits: Entities, (B, N, C + 1) with no-object last, or (B, N, C) for a focal head.
-        pred_boxes: (B, N, 4) cxcywh relative to the image without its padding.
-        entity_probabilities: (B, N, C), no-object removed.
-        predicate_logits: (B, Q, P), or (B, Q, P + 1) with background first for a softmax head.
-        predicate_probabilities: (B, Q, P), background removed.
-        relation_vectors: (B, Q, 4) centres of subject and object: x, y, x, y.
-        subject_logits: (B, Q, C + 1) or (B, Q, C) classes that the subject should have.
-        subject_boxes: (B, Q, 4) box that it should have.
-        object_logits: Likewise of the object.
-        object_boxes: Likewise of the object.
-        subject_scores: (B, Q, N) how well each entity fits as the subject.
-        object_scores: (B, Q, N) how well each entity fits as the object.
-        auxiliary_outputs: The raw heads and the scores of the earlier levels of the structural
-            decoder, when labels were given.
-    """
-
-    loss: Tensor | None = None
-    loss_dict: dict[str, Tensor] | None = None
-    logits: Tensor | None = None
-    pred_boxes: Tensor | None = None
-    entity_probabilities: Tensor | None = None
-    predicate_logits: Tensor | None = None
-    predicate_probabilities: Tensor | None = None
-    relation_vectors: Tensor | None = None
-    subject_logits: Tensor | None = None
-    subject_boxes: Tensor | None = None
-    object_logits: Tensor | None = None
-    object_boxes: Tensor | None = None
-    subject_scores: Tensor | None = None
-    object_scores: Tensor | None = None
-    auxiliary_outputs: list[dict[str, Tensor]] | None = None
 
 
 class SgtrPreTrainedModel(FreezablePreTrainedModel):
@@ -146,6 +86,7 @@ class SgtrModel(SgtrPreTrainedModel):
         pixel_mask: Tensor | None = None,
         annotations: PaddedAnnotations | None = None,
         detector: SgtrDetrModelOutput | None = None,
+        given: GivenEntities | None = None,
         **kwargs: Any,
     ) -> SgtrModelOutput:
         """Generate the nodes of the graph.
@@ -155,19 +96,32 @@ class SgtrModel(SgtrPreTrainedModel):
             pixel_mask: (B, H, W), 1 where the image is and 0 on padding; all 1 when None.
             annotations: In training; the detector then returns all its levels.
             detector: The detector's output for these images, which is then not run.
+            given: Entities to take instead of detecting any.
             **kwargs: For the attention backend.
         """
         if detector is None:
-            detector = self._detect(pixel_values, pixel_mask, annotations, **kwargs)
-        entities = EntityNodes(detector.last_hidden_state, detector.pred_boxes)
-        states = self.predicate_node_generator(detector.memory, entities, **kwargs)
+            detector = self._detect(pixel_values, pixel_mask, annotations, given, **kwargs)
+        levels = self.detector.read_levels(detector)
+        classification = self.config.detector.classification
+        entities = EntityNodes(
+            detector.last_hidden_state,
+            detector.pred_boxes,
+            entity_probabilities(levels.logits[-1], classification),
+            None if detector.given is None else detector.given.valid,
+        )
+        triplets, entities = self.predicate_node_generator(
+            detector.memory, entities, annotations, **kwargs
+        )
         return SgtrModelOutput(
-            entity_states=entities.features,
-            entity_boxes=entities.boxes,
-            predicate_states=states.predicate,
-            subject_states=states.subject,
-            object_states=states.object,
+            entity_states=detector.last_hidden_state,
+            entity_boxes=detector.pred_boxes,
+            predicate_states=triplets.states.predicate,
+            subject_states=triplets.states.subject,
+            object_states=triplets.states.object,
             detector=detector,
+            entity_levels=levels,
+            entities=entities,
+            triplets=triplets,
         )
 
     def _detect(
@@ -175,6 +129,7 @@ class SgtrModel(SgtrPreTrainedModel):
         pixel_values: Tensor | None,
         pixel_mask: Tensor | None,
         annotations: PaddedAnnotations | None,
+        given: GivenEntities | None,
         **kwargs: Any,
     ) -> SgtrDetrModelOutput:
         is_frozen = self.config.freeze_detector
@@ -185,6 +140,7 @@ class SgtrModel(SgtrPreTrainedModel):
                 pixel_mask,
                 annotations if detector_is_trained else None,
                 all_levels=detector_is_trained,
+                given=given,
                 **kwargs,
             )
 
@@ -202,11 +158,16 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
         # A softmax head begins with background.
         predicate_columns = config.num_predicates + (not predicates_are_focal)
         self.predicate_head = ClassHead(width, predicate_columns, is_focal=predicates_are_focal)
-        self.relation_vector_head = nn.Linear(width, 4)
         self.subject_class_head = ClassHead(width, entity_columns, is_focal=entities_are_focal)
-        self.subject_box_head = BoxHead(width)
         self.object_class_head = ClassHead(width, entity_columns, is_focal=entities_are_focal)
-        self.object_box_head = BoxHead(width)
+        if config.predicate_node_generator == "structural":
+            # The boxes of the spatial-aware generator are its anchors.
+            self.relation_vector_head = nn.Linear(width, 4)
+            self.subject_box_head = BoxHead(width)
+            self.object_box_head = BoxHead(width)
+        self.assembling = (
+            UnifiedAssembling(config) if config.graph_assembling == "unified" else None
+        )
         self.post_init()
 
     def forward(
@@ -215,6 +176,8 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
         pixel_mask: Tensor | None = None,
         labels: list[dict[str, Tensor]] | None = None,
         detector_features: Mapping[str, Tensor] | None = None,
+        entity_boxes: Sequence[Tensor] | None = None,
+        entity_labels: Sequence[Tensor] | None = None,
         **kwargs: Any,
     ) -> SgtrSceneGraphOutput:
         """Predict entities, predicates and their links, and the loss when `labels` are given.
@@ -226,12 +189,16 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
                 relations (R, 3): subject and object as indices of entities, predicate from 0.
             detector_features: Of the method of this name, instead of the images; for a frozen
                 detector.
+            entity_boxes: For each image (E, 4) boxes, cxcywh relative to the image without its
+                padding: relations are then found among these (SGCls). Needs anchor queries.
+            entity_labels: For each image (E,) their classes from 0 (PredCls).
             **kwargs: For the attention backend.
 
         Raises:
             ValueError: If labels or relations are out of range, there are more entities
-                (relations) than entity (predicate) queries, or neither or both of images and
-                features are given.
+                (relations) than entity (predicate) queries, neither or both of images and
+                features are given, or entities are given together with labels or features, or to
+                a detector that cannot take them.
         """
         if (pixel_values is None) == (detector_features is None):
             raise ValueError("Give either `pixel_values` or `detector_features`.")
@@ -243,22 +210,33 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
                 num_classes=self.config.num_labels,
                 num_predicates=self.config.num_predicates,
             )
+        if entity_boxes is not None and (labels is not None or detector_features is not None):
+            raise ValueError("`entity_boxes` go with images alone, not with labels or features.")
+        given = self._given(entity_boxes, entity_labels)
         if detector_features is not None:
             image_sizes = detector_features["image_sizes"]
             cached = self._read_features(detector_features)
             nodes = self.model(annotations=annotations, detector=cached, **kwargs)
         elif pixel_values is not None:
             image_sizes = _image_sizes(pixel_values, pixel_mask)
-            nodes = self.model(pixel_values, pixel_mask, annotations, **kwargs)
-        entities = self.model.detector.read_levels(nodes.detector)
+            nodes = self.model(pixel_values, pixel_mask, annotations, given=given, **kwargs)
         triplets = self.read_levels(
-            nodes, entities, image_sizes, all_levels=annotations is not None
+            nodes, nodes.triplets, image_sizes, all_levels=annotations is not None
         )
-        output = self._summarize(entities, triplets)
+        output = self._summarize(nodes.entity_levels, triplets)
         if annotations is not None:
-            output.loss_dict = self.losses(nodes, entities, triplets, annotations)
+            output.loss_dict = self.losses(nodes, triplets, image_sizes, annotations)
             output.loss = torch.stack(list(output.loss_dict.values())).sum()
         return output
+
+    def _given(
+        self, boxes: Sequence[Tensor] | None, labels: Sequence[Tensor] | None
+    ) -> GivenEntities | None:
+        if boxes is not None:
+            return pad_given_entities(self.config.detector, boxes, labels, self.device)
+        if labels is not None:
+            raise ValueError("`entity_labels` need `entity_boxes`, got None.")
+        return None
 
     @torch.no_grad()
     def detector_features(self, pixel_values: Tensor, **kwargs: Any) -> dict[str, Tensor]:
@@ -304,83 +282,179 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
     def read_levels(
         self,
         nodes: SgtrModelOutput,
-        entities: EntityLevels,
+        triplets: TripletNodes,
         image_sizes: Tensor,
         *,
         all_levels: bool,
     ) -> TripletPredictions:
-        """Read triplets off the predicate nodes and link them to entities.
+        """Read triplets off predicate nodes and link them to entities.
 
         Args:
-            nodes: Of `SgtrModel`.
-            entities: The detector's predictions; the last level's are the entities of the graph.
+            nodes: Of `SgtrModel`; its entities are those of the graph.
+            triplets: Predicate nodes: `nodes.triplets`, or the noised ones among them.
             image_sizes: (B, 2) height and width without padding, in pixels.
             all_levels: Read every level instead of the last.
         """
         first = 0 if all_levels and self.config.auxiliary_loss else -1
-        predicate = nodes.predicate_states[first:]
-        subject, object_ = nodes.subject_states[first:], nodes.object_states[first:]
-        vectors = self.relation_vector_head(predicate).sigmoid()
-        subject_logits = self.subject_class_head(subject)
-        subject_boxes = self.subject_box_head(subject).sigmoid()
-        object_logits = self.object_class_head(object_)
-        object_boxes = self.object_box_head(object_).sigmoid()
-        classification = self.config.detector.classification
-        entity = (
-            entity_probabilities(entities.logits[-1], classification),
-            entities.boxes[-1],
+        predicate, subject, object_ = states = TripletStates(
+            *(role[first:] for role in triplets.states)
         )
-        subject_indicator = (
-            vectors[..., :2],
-            entity_probabilities(subject_logits, classification),
-            subject_boxes,
-        )
-        object_indicator = (
-            vectors[..., 2:],
-            entity_probabilities(object_logits, classification),
-            object_boxes,
-        )
-        return TripletPredictions(
-            predicate_logits=self.predicate_head(predicate),
+        if triplets.anchors is None:
+            vectors = self.relation_vector_head(predicate).sigmoid()
+            boxes = (
+                self.subject_box_head(subject).sigmoid(),
+                self.object_box_head(object_).sigmoid(),
+            )
+        else:
+            boxes = (triplets.anchors.subject[first:], triplets.anchors.object[first:])
+            vectors = torch.cat([role[..., :2] for role in boxes], dim=-1)
+        logits = self.predicate_head(predicate)
+        if triplets.valid is not None:
+            logits = self._hide(logits, triplets.valid)
+        predictions = TripletPredictions(
+            predicate_logits=logits,
             relation_vectors=vectors,
-            subject_logits=subject_logits,
-            subject_boxes=subject_boxes,
-            object_logits=object_logits,
-            object_boxes=object_boxes,
-            subject_scores=assembling_scores(self.config, subject_indicator, entity, image_sizes),
-            object_scores=assembling_scores(self.config, object_indicator, entity, image_sizes),
+            subject_logits=self.subject_class_head(subject),
+            subject_boxes=boxes[0],
+            object_logits=self.object_class_head(object_),
+            object_boxes=boxes[1],
+            subject_scores=predicate,
+            object_scores=predicate,
         )
+        if self.assembling is None:
+            return self._link_by_rule(predictions, nodes, image_sizes)
+        links = self.assembling(states, boxes, nodes.entities)
+        return predictions._replace(
+            subject_scores=links.subject.exp(),
+            object_scores=links.object.exp(),
+            subject_log_correspondence=links.subject,
+            object_log_correspondence=links.object,
+        )
+
+    def _link_by_rule(
+        self, predictions: TripletPredictions, nodes: SgtrModelOutput, image_sizes: Tensor
+    ) -> TripletPredictions:
+        classification = self.config.detector.classification
+        entity = (nodes.entities.probabilities, nodes.entities.boxes)
+        subject, object_ = (
+            assembling_scores(
+                self.config,
+                (centres, entity_probabilities(logits, classification), boxes),
+                entity,
+                image_sizes,
+            )
+            for centres, logits, boxes in (
+                (
+                    predictions.relation_vectors[..., :2],
+                    predictions.subject_logits,
+                    predictions.subject_boxes,
+                ),
+                (
+                    predictions.relation_vectors[..., 2:],
+                    predictions.object_logits,
+                    predictions.object_boxes,
+                ),
+            )
+        )
+        return predictions._replace(subject_scores=subject, object_scores=object_)
+
+    def _hide(self, logits: Tensor, valid: Tensor) -> Tensor:
+        """Rule all predicates (L, B, Q, P) out for queries that are not there."""
+        nothing = torch.full_like(logits, -CERTAIN_LOGIT)
+        if self.config.predicate_classification == "softmax":
+            nothing[..., 0] = CERTAIN_LOGIT
+        return torch.where(valid[..., None], logits, nothing)
 
     def losses(
         self,
         nodes: SgtrModelOutput,
-        entities: EntityLevels,
         triplets: TripletPredictions,
+        image_sizes: Tensor,
         annotations: PaddedAnnotations,
     ) -> dict[str, Tensor]:
         """Weighted losses of predicates, and of entities unless the detector is frozen.
 
         Arguments are the outputs of the parts, with all levels, and the padded annotations.
         """
-        entity_nodes = (entities.logits[-1], entities.boxes[-1])
-        if self.config.freeze_detector:
-            matches = match_triplets(self.config, triplets, *entity_nodes, annotations)
-            return scene_graph_losses(self.config, triplets, annotations, matches)
-        detector = self.model.detector
-        problems = detector.matching_problems(nodes.detector, entities, annotations)
-        if self.config.legacy_triplet_matching:
-            entity_matches = list(assign_all(*problems))
-            matches = match_triplets(self.config, triplets, *entity_nodes, annotations)
-        else:
-            triplet_problem = AssignmentProblem(
-                triplet_matching_costs(self.config, triplets, *entity_nodes, annotations),
-                annotations.relation_valid,
-                "num_predicate_queries",
+        config, detector, levels = self.config, self.model.detector, nodes.entity_levels
+        needs_entities = config.graph_assembling == "unified" or config.pair_queries
+        entity_problems = (
+            detector.matching_problems(nodes.detector, levels, annotations)
+            if needs_entities or not config.freeze_detector
+            else []
+        )
+        entity_matches, assignments = self._match(nodes, triplets, entity_problems, annotations)
+        entities = None
+        if config.graph_assembling == "unified":
+            probabilities = nodes.entities.probabilities
+            entities = MatchedEntities(nodes.entities.boxes, probabilities, entity_matches[0][-1])
+        losses = scene_graph_losses(config, triplets, *assignments, entities=entities)
+        relatedness = nodes.triplets.relatedness_logits
+        if relatedness is not None:
+            losses["loss_relatedness"] = relatedness_loss(
+                config, relatedness, annotations, entity_matches[0][-1]
             )
-            *entity_matches, matches = assign_all(*problems, triplet_problem)
-        losses = scene_graph_losses(self.config, triplets, annotations, matches)
-        entity_losses = detector.losses(nodes.detector, entities, annotations, entity_matches)
-        return losses | {f"{name}_of_entities": loss for name, loss in entity_losses.items()}
+        if nodes.triplets.denoising is not None:
+            losses |= self._denoising_losses(nodes, image_sizes, annotations, entities)
+        if not config.freeze_detector:
+            found = detector.losses(nodes.detector, levels, annotations, entity_matches)
+            losses |= {f"{name}_of_entities": loss for name, loss in found.items()}
+        return losses
+
+    def _match(
+        self,
+        nodes: SgtrModelOutput,
+        triplets: TripletPredictions,
+        entity_problems: list[AssignmentProblem],
+        annotations: PaddedAnnotations,
+    ) -> tuple[list[Tensor], list[TripletAssignment]]:
+        """Match entities and, at the earlier and at the last level, triplets; one copy to host."""
+        config = self.config
+        arguments = (nodes.entity_levels.logits[-1], nodes.entity_levels.boxes[-1], annotations)
+        if config.legacy_triplet_matching:
+            matches = legacy_triplet_matching(config, triplets, *arguments)
+            found = list(assign_all(*entity_problems)) if entity_problems else []
+            return found, [TripletAssignment(annotations, matches)]
+        costs = triplet_matching_costs(config, triplets, *arguments)
+        # As often as there are queries for it in the fullest image.
+        times = min(
+            config.auxiliary_assignments, costs.shape[2] // max(annotations.relations.shape[1], 1)
+        )
+        repeated = repeat_relations(annotations, max(times, 1))
+        problems = [
+            AssignmentProblem(
+                costs[:-1].repeat(1, 1, 1, max(times, 1)),
+                repeated.relation_valid,
+                "num_predicate_queries",
+            ),
+            AssignmentProblem(costs[-1:], annotations.relation_valid, "num_predicate_queries"),
+        ]
+        *entity_matches, earlier, last = assign_all(*entity_problems, *problems)
+        return entity_matches, [
+            TripletAssignment(repeated, earlier),
+            TripletAssignment(annotations, last),
+        ]
+
+    def _denoising_losses(
+        self,
+        nodes: SgtrModelOutput,
+        image_sizes: Tensor,
+        annotations: PaddedAnnotations,
+        entities: MatchedEntities | None,
+    ) -> dict[str, Tensor]:
+        """Losses of noised relations, each of which has its own query."""
+        denoising = nodes.triplets.denoising
+        if denoising is None:
+            return {}
+        predictions = self.read_levels(nodes, denoising, image_sizes, all_levels=True)
+        repeated = repeat_relations(annotations, self.config.num_triplet_denoising_groups)
+        valid = repeated.relation_valid
+        own = torch.where(valid, torch.arange(valid.shape[1], device=valid.device), -1)
+        matches = own.expand(len(predictions.predicate_logits), -1, -1)
+        losses = scene_graph_losses(
+            self.config, predictions, TripletAssignment(repeated, matches), entities=entities
+        )
+        return {name.replace("loss_", "loss_denoising_", 1): loss for name, loss in losses.items()}
 
     def _summarize(
         self, entities: EntityLevels, triplets: TripletPredictions
@@ -388,31 +462,32 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
         """Make the public output, without losses."""
         logits = entities.logits[-1]
         *earlier, last = (
-            TripletPredictions(*(field[level] for field in triplets))
+            {name: field[level] for name, field in triplets._asdict().items() if field is not None}
             for level in range(len(triplets.predicate_logits))
         )
         return SgtrSceneGraphOutput(
             logits=logits,
             pred_boxes=entities.boxes[-1],
             entity_probabilities=entity_probabilities(logits, self.config.detector.classification),
-            predicate_probabilities=predicate_probabilities(
-                last.predicate_logits, self.config.predicate_classification
-            ),
-            auxiliary_outputs=[level._asdict() for level in earlier] or None,
-            **last._asdict(),
+            predicate_probabilities=predicate_probabilities(self.config, last["predicate_logits"]),
+            auxiliary_outputs=earlier or None,
+            **last,
         )
 
 
-def predicate_probabilities(logits: Tensor, classification: str) -> Tensor:
-    """Turn logits into the probabilities (..., P) of the real predicates.
+def predicate_probabilities(config: SgtrConfig, logits: Tensor) -> Tensor:
+    """Turn logits into the calibrated probabilities (..., P) of the real predicates.
 
     Args:
+        config: Gives the kind of classification, `score_temperature` and `score_offset`.
         logits: (..., P + 1) with background first for "softmax", (..., P) for "focal".
-        classification: `SgtrConfig.predicate_classification`.
     """
-    if classification == "softmax":
-        return logits.softmax(dim=-1)[..., 1:]
-    return logits.sigmoid()
+    scaled = logits / config.score_temperature
+    if config.predicate_classification == "softmax":
+        background, predicates = scaled.split((1, scaled.shape[-1] - 1), dim=-1)
+        scaled = torch.cat((background, predicates + config.score_offset), dim=-1)
+        return scaled.softmax(dim=-1)[..., 1:]
+    return (scaled + config.score_offset).sigmoid()
 
 
 def _image_sizes(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:

@@ -1,15 +1,13 @@
 """The detector: DETR (Carion et al. 2020) with learned or anchor queries."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoBackbone
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.utils import ModelOutput
 
 from ..configuration.configuration_sgtr_detr import SgtrDetrConfig
 from ..losses.detection_loss import denoising_losses, detection_losses
@@ -22,86 +20,21 @@ from ..losses.hungarian_matching import (
 )
 from .backbone_freezing import FreezablePreTrainedModel, freeze_backbone, hold_batch_norm
 from .denoising_queries import DenoisingQueries, DenoisingQueryGenerator, denoising_visibility
+from .detection_outputs import (
+    EntityLevels,
+    SgtrDetrModelOutput,
+    SgtrDetrObjectDetectionOutput,
+)
 from .entity_decoder import AnchorQueryDecoder, ImageMemory, LearnedQueryDecoder
-from .position_embedding import (
-    grid_boxes,
-    grid_sine_embedding,
-)
-from .prediction_heads import (
-    AnchorEmbedding,
-    ClassHead,
-    init_head,
-)
+from .given_entities import GivenEntities, given_logits
+from .position_embedding import grid_boxes, grid_sine_embedding
+from .prediction_heads import AnchorEmbedding, ClassHead, init_head
 from .query_selection import QuerySelection, SelectedQueries
 from .transformer_layers import EncoderLayer, PlaceProjection
 
 
 # Size of the box on a cell of the finest level, as a share of the image; doubled at each level.
 CELL_SIZE = 0.15
-
-
-@dataclass
-class SgtrDetrModelOutput(ModelOutput):
-    """What the decoder says of N entity queries at its L levels.
-
-    Args:
-        last_hidden_state: (B, N, d_model) queries after the last level.
-        pred_boxes: (B, N, 4) boxes of the last level, cxcywh relative to the image.
-        intermediate_hidden_states: (L, B, N, d_model), only when all levels are asked for.
-        intermediate_boxes: (L, B, N, 4), likewise.
-        denoising_hidden_states: (L, B, M, d_model) of denoising queries, in training.
-        denoising_boxes: (L, B, M, 4), likewise.
-        denoising_entity_indices: (B, M) annotation that each must restore, -1 on padding.
-        proposal_logits: (B, S, C + 1) or (B, S, C) of all cells, with query selection.
-        proposal_boxes: (B, S, 4), likewise.
-        memory: The encoded image.
-    """
-
-    # Always there, but transformers wants a default for every output.
-    last_hidden_state: Tensor = None  # type: ignore[assignment]
-    pred_boxes: Tensor = None  # type: ignore[assignment]
-    intermediate_hidden_states: Tensor | None = None
-    intermediate_boxes: Tensor | None = None
-    denoising_hidden_states: Tensor | None = None
-    denoising_boxes: Tensor | None = None
-    denoising_entity_indices: Tensor | None = None
-    proposal_logits: Tensor | None = None
-    proposal_boxes: Tensor | None = None
-    memory: ImageMemory = None  # type: ignore[assignment]
-
-
-@dataclass
-class SgtrDetrObjectDetectionOutput(ModelOutput):
-    """Detected entities.
-
-    Args:
-        loss: Sum of `loss_dict`, when labels were given.
-        loss_dict: Weighted losses by name.
-        logits: (B, N, C + 1) with no-object last, or (B, N, C) for a focal head.
-        pred_boxes: (B, N, 4) cxcywh relative to the image without its padding.
-        entity_probabilities: (B, N, C), no-object removed.
-        auxiliary_outputs: `logits` and `pred_boxes` of the earlier levels, when labels were given.
-        last_hidden_state: (B, N, d_model).
-        encoder_last_hidden_state: (B, S, d_model).
-    """
-
-    loss: Tensor | None = None
-    loss_dict: dict[str, Tensor] | None = None
-    logits: Tensor | None = None
-    pred_boxes: Tensor | None = None
-    entity_probabilities: Tensor | None = None
-    auxiliary_outputs: list[dict[str, Tensor]] | None = None
-    last_hidden_state: Tensor | None = None
-    encoder_last_hidden_state: Tensor | None = None
-
-
-class EntityLevels(NamedTuple):
-    """Raw predictions of all decoder levels."""
-
-    logits: Tensor
-    """(L, B, N, C + 1) with no-object last, or (L, B, N, C) for a focal head."""
-    boxes: Tensor
-    """(L, B, N, 4) cxcywh."""
 
 
 class SgtrDetrPreTrainedModel(FreezablePreTrainedModel):
@@ -194,6 +127,7 @@ class SgtrDetrModel(SgtrDetrPreTrainedModel):
         annotations: PaddedAnnotations | None = None,
         *,
         all_levels: bool = False,
+        given: GivenEntities | None = None,
         **kwargs: Any,
     ) -> SgtrDetrModelOutput:
         """Detect.
@@ -203,9 +137,12 @@ class SgtrDetrModel(SgtrDetrPreTrainedModel):
             pixel_mask: (B, H, W), 1 where the image is and 0 on padding; all 1 when None.
             annotations: Needed for denoising queries, which are added in training mode.
             all_levels: Also return the earlier levels of the decoder.
+            given: Entities to describe instead of detecting any; needs anchor queries.
             **kwargs: For the attention backend.
         """
         memory = self.encode(pixel_values, pixel_mask, **kwargs)
+        if given is not None:
+            return self._describe(memory, given, **kwargs)
         denoising = None
         if self.denoising is not None and self.training and annotations is not None:
             denoising = self.denoising(annotations)
@@ -231,6 +168,38 @@ class SgtrDetrModel(SgtrDetrPreTrainedModel):
             output.denoising_boxes = boxes[:, :, :num_denoising]
             output.denoising_entity_indices = denoising.entity_indices
         return output
+
+    def _describe(
+        self, memory: ImageMemory, given: GivenEntities, **kwargs: Any
+    ) -> SgtrDetrModelOutput:
+        """Decode queries that stand on given boxes, which stay where they are."""
+        if len(given.boxes) != len(memory.features):
+            raise ValueError(
+                f"`entity_boxes` must have one entry for each of the {len(memory.features)} "
+                f"images, got {len(given.boxes)}."
+            )
+        if self.query_selection is None:
+            content = self.query_embedding.weight.mean(0).expand(*given.boxes.shape[:2], -1)
+        else:
+            content = self.query_selection.content_at(memory.features, memory.cells, given.boxes)
+            content = content + self.query_embedding.weight.mean(0)
+        mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=content, attention_mask=given.valid
+        )
+        hidden_states, _ = self.decoder(
+            content,
+            memory,
+            anchors=given.boxes.to(content),
+            self_mask=mask,
+            all_levels=False,
+            **kwargs,
+        )
+        return SgtrDetrModelOutput(
+            last_hidden_state=hidden_states[-1],
+            pred_boxes=given.boxes.to(content),
+            memory=memory,
+            given=given,
+        )
 
     def encode(
         self, pixel_values: Tensor, pixel_mask: Tensor | None = None, **kwargs: Any
@@ -371,7 +340,10 @@ class SgtrDetrForObjectDetection(SgtrDetrPreTrainedModel):
         if hidden_states is None or boxes is None:
             hidden_states = model_output.last_hidden_state[None]
             boxes = model_output.pred_boxes[None]
-        return EntityLevels(self.class_head(hidden_states), boxes)
+        logits = self.class_head(hidden_states)
+        if model_output.given is not None:
+            logits = given_logits(self.config, logits, model_output.given)
+        return EntityLevels(logits, boxes)
 
     def summarize(
         self, model_output: SgtrDetrModelOutput, levels: EntityLevels

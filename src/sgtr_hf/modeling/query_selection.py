@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..boxes import box_cxcywh_to_xyxy, generalized_box_iou
 from ..configuration.configuration_sgtr_detr import SgtrDetrConfig
 from .prediction_heads import BoxHead, ClassHead, inverse_sigmoid
 
@@ -25,6 +26,17 @@ class SelectedQueries(NamedTuple):
     """(B, S, C + 1) or (B, S, C) of all cells."""
     boxes: Tensor
     """(B, S, 4) of all cells."""
+
+
+class ScoredCells(NamedTuple):
+    """What S cells see."""
+
+    features: Tensor
+    """(B, S, d_model)."""
+    logits: Tensor
+    """(B, S, C + 1) or (B, S, C)."""
+    boxes: Tensor
+    """(B, S, 4) cxcywh."""
 
 
 class QuerySelection(nn.Module):
@@ -50,9 +62,7 @@ class QuerySelection(nn.Module):
             cells: (B, S, 4) box on each cell.
             padding_mask: (B, S) bool, True where the image is; None when nothing is padded.
         """
-        features = self.norm(self.projection(features))
-        logits = self.class_head(features)
-        boxes = (self.box_head(features) + inverse_sigmoid(cells).to(features.dtype)).sigmoid()
+        features, logits, boxes = self.score(features, cells)
         likelihood = (logits if self.is_focal else logits[..., :-1]).detach().amax(dim=-1)
         if padding_mask is not None:
             likelihood = likelihood.masked_fill(~padding_mask, -torch.inf)
@@ -68,3 +78,24 @@ class QuerySelection(nn.Module):
             logits=logits,
             boxes=boxes,
         )
+
+    def score(self, features: Tensor, cells: Tensor) -> ScoredCells:
+        """Read a class and a box off each cell; arguments as in `forward`."""
+        features = self.norm(self.projection(features))
+        boxes = (self.box_head(features) + inverse_sigmoid(cells).to(features.dtype)).sigmoid()
+        return ScoredCells(features, self.class_head(features), boxes)
+
+    def content_at(self, features: Tensor, cells: Tensor, boxes: Tensor) -> Tensor:
+        """Return the content (B, N, d_model) of the cells whose boxes are nearest to given ones.
+
+        Args:
+            features: (B, S, d_model) encoded image.
+            cells: (B, S, 4) box on each cell.
+            boxes: (B, N, 4) cxcywh, given.
+        """
+        scored = self.score(features, cells)
+        overlap = generalized_box_iou(
+            box_cxcywh_to_xyxy(boxes)[:, :, None], box_cxcywh_to_xyxy(scored.boxes)[:, None]
+        )
+        nearest = overlap.argmax(-1)[..., None].expand(-1, -1, features.shape[-1])
+        return scored.features.detach().gather(1, nearest)

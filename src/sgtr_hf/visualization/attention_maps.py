@@ -109,11 +109,8 @@ def triplet_attention(
     with record_attention(model) as recorded:
         nodes = model.model(inputs["pixel_values"], inputs["pixel_mask"])
     sizes = inputs["pixel_mask"].new_tensor([inputs["pixel_mask"].shape[-2:]])
-    entities = model.model.detector.read_levels(nodes.detector)
-    triplets = model.read_levels(nodes, entities, sizes, all_levels=False)
-    probabilities = predicate_probabilities(
-        triplets.predicate_logits[-1, 0], model.config.predicate_classification
-    )
+    triplets = model.read_levels(nodes, nodes.triplets, sizes, all_levels=False)
+    probabilities = predicate_probabilities(model.config, triplets.predicate_logits[-1, 0])
     scores, predicates = probabilities.max(-1)
     boxes = box_cxcywh_to_xyxy(nodes.entity_boxes[0]).cpu().numpy()
     maps = {

@@ -1,0 +1,85 @@
+"""What the predicate nodes predict, and what the annotated relations ask of them.
+
+L levels, B images, N entity queries, Q predicate queries, R annotated relations (padded), C entity
+classes, P predicates.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .detection_loss import gather_entries
+from .hungarian_matching import PaddedAnnotations
+
+
+class TripletPredictions(NamedTuple):
+    """What the predicate nodes say, for L levels; the last is the prediction."""
+
+    predicate_logits: Tensor
+    """(L, B, Q, P) for focal, or (L, B, Q, P + 1) for softmax with background first."""
+    relation_vectors: Tensor
+    """(L, B, Q, 4) centres of subject and object, relative to the image."""
+    subject_logits: Tensor
+    """(L, B, Q, C + 1) for softmax with no-object last, or (L, B, Q, C) for focal."""
+    subject_boxes: Tensor
+    """(L, B, Q, 4) cxcywh relative to the image."""
+    object_logits: Tensor
+    """Likewise of the object."""
+    object_boxes: Tensor
+    """Likewise of the object."""
+    subject_scores: Tensor
+    """(L, B, Q, N) how well each entity fits as the subject; larger is better."""
+    object_scores: Tensor
+    """(L, B, Q, N) how well each entity fits as the object."""
+    subject_log_correspondence: Tensor | None = None
+    """(L, B, Q, N) log-probability of each entity to be the subject; unified assembling only."""
+    object_log_correspondence: Tensor | None = None
+    """Likewise of the object."""
+
+    def levels(self, chosen: slice) -> "TripletPredictions":
+        """Return some of the levels."""
+        fields = {
+            name: field[chosen] for name, field in self._asdict().items() if field is not None
+        }
+        return TripletPredictions(**fields)
+
+
+class RelationTargets(NamedTuple):
+    """Annotated relations with the entities they point to."""
+
+    predicates: Tensor
+    """(B, R) from 0."""
+    subject_labels: Tensor
+    """(B, R)."""
+    object_labels: Tensor
+    """(B, R)."""
+    subject_boxes: Tensor
+    """(B, R, 4) cxcywh."""
+    object_boxes: Tensor
+    """(B, R, 4) cxcywh."""
+
+    @property
+    def vectors(self) -> Tensor:
+        """(B, R, 4) centres of subject and object."""
+        return torch.cat((self.subject_boxes[..., :2], self.object_boxes[..., :2]), dim=-1)
+
+
+def relation_targets(annotations: PaddedAnnotations) -> RelationTargets:
+    """Look up class and box of the subject and the object of each relation."""
+    subjects, objects, predicates = annotations.relations.unbind(-1)
+    return RelationTargets(
+        predicates=predicates,
+        subject_labels=annotations.class_labels.gather(1, subjects),
+        object_labels=annotations.class_labels.gather(1, objects),
+        subject_boxes=gather_entries(annotations.boxes, subjects),
+        object_boxes=gather_entries(annotations.boxes, objects),
+    )
+
+
+def repeat_relations(annotations: PaddedAnnotations, times: int) -> PaddedAnnotations:
+    """List every relation several times, so that as many queries can be assigned to it."""
+    return annotations._replace(
+        relations=annotations.relations.repeat(1, times, 1),
+        relation_valid=annotations.relation_valid.repeat(1, times),
+    )
