@@ -16,6 +16,8 @@ from .scene_graph import SceneGraph
 LINKS = 3
 SAME_ENTITY_IOU = 0.95
 DUPLICATE_IOU = 0.8
+# Entities below this score are padding of given ones, not things.
+RULED_OUT = 1e-9
 # Entities without a relation are part of a graph from this score on.
 ENTITY_THRESHOLD = 0.5
 
@@ -228,11 +230,12 @@ def _assemble(
     columns = candidates[1][..., None].expand(-1, -1, count)
     subject, object_, probability = (field.gather(1, columns).flatten(1) for field in links)
     score, query, predicate = (field.repeat_interleave(count, dim=1) for field in candidates)
-    subject_score = entities.scores.gather(1, subject)
-    score = score * subject_score * entities.scores.gather(1, object_) * probability
+    entity_scores = entities.scores.gather(1, subject), entities.scores.gather(1, object_)
+    score = score * entity_scores[0] * entity_scores[1] * probability
     image = torch.arange(len(overlap), device=overlap.device)[:, None]
-    is_one_thing = (subject == object_) | (overlap[image, subject, object_] >= SAME_ENTITY_IOU)
-    score = torch.where(is_one_thing, -1.0, score)
+    is_impossible = (subject == object_) | (overlap[image, subject, object_] >= SAME_ENTITY_IOU)
+    is_impossible |= (torch.minimum(*entity_scores) < RULED_OUT) | (probability == 0)
+    score = torch.where(is_impossible, -1.0, score)
     score, order = score.sort(dim=-1, descending=True, stable=True)
     subject, object_, predicate, query = (
         field.gather(1, order) for field in (subject, object_, predicate, query)

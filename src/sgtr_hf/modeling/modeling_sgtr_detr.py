@@ -342,7 +342,7 @@ class SgtrDetrForObjectDetection(SgtrDetrPreTrainedModel):
             boxes = model_output.pred_boxes[None]
         logits = self.class_head(hidden_states)
         if model_output.given is not None:
-            logits = given_logits(self.config, logits, model_output.given)
+            logits = given_logits(self.config, logits[-1], model_output.given)[None]
         return EntityLevels(logits, boxes)
 
     def summarize(

@@ -1,14 +1,17 @@
 """`pipeline("scene-graph")`: pictures in, scene graphs out."""
 
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Pipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
+from ..boxes import box_xyxy_to_cxcywh
 from ..image_processing.image_processing_sgtr import read_image
 from ..scene_graph import SceneGraph
 
@@ -19,8 +22,13 @@ _OUTPUT_FIELDS = (
     "predicate_probabilities",
     "subject_scores",
     "object_scores",
+    # Of unified assembling.
+    "subject_log_correspondence",
+    "object_log_correspondence",
 )
-_PREPROCESS_ARGUMENTS = ("timeout",)
+# Given entities differ in number from picture to picture, so they stay lists.
+_LIST_FIELDS = ("entity_boxes", "entity_labels")
+_PREPROCESS_ARGUMENTS = ("timeout", "boxes", "labels")
 _POSTPROCESS_ARGUMENTS = ("threshold", "top_k", "graph_constraint")
 
 
@@ -31,7 +39,12 @@ class SceneGraphPipeline(Pipeline):
     set). Batches may mix sizes; the padding that this needs changes scores a little, since the
     backbone sees it.
 
+    Entities that are known already are given as `boxes`, or `boxes` and `labels`; relations are
+    then found among these. With many pictures each is a dictionary of "image", "boxes", "labels".
+
     Arguments of a call, or of the constructor as defaults:
+        boxes: (E, 4) corners x1, y1, x2, y2 in pixels of the one picture.
+        labels: E names of classes, or their numbers.
         threshold: Least score of a relation, in [0, 1].
         top_k: Most relations a picture.
         graph_constraint: Keep only the best predicate of an ordered pair of entities.
@@ -54,6 +67,12 @@ class SceneGraphPipeline(Pipeline):
         """
         if isinstance(inputs, tuple):
             inputs = list(inputs)
+        is_single = isinstance(inputs, (str, Image.Image, np.ndarray, Tensor))
+        if not is_single and not isinstance(inputs, dict) and {"boxes", "labels"} & set(kwargs):
+            raise ValueError(
+                "`boxes` and `labels` belong to one picture; with many, give each as a dictionary "
+                'with "image", "boxes" and "labels".'
+            )
         return super().__call__(inputs, **kwargs)
 
     def _sanitize_parameters(
@@ -70,18 +89,48 @@ class SceneGraphPipeline(Pipeline):
         postprocess = {name: kwargs[name] for name in _POSTPROCESS_ARGUMENTS if name in kwargs}
         return preprocess, {}, postprocess
 
-    def preprocess(self, inputs: Any, timeout: float | None = None) -> dict[str, Tensor]:
+    def preprocess(
+        self,
+        inputs: Any,
+        timeout: float | None = None,
+        boxes: Any = None,
+        labels: Sequence[str | int] | None = None,
+    ) -> dict[str, Any]:
         """Read a picture and make it model input, with its size as `target_sizes` (1, 2)."""
+        if isinstance(inputs, dict):
+            unknown = sorted(set(inputs) - {"image", "boxes", "labels"})
+            if unknown or "image" not in inputs:
+                raise ValueError(
+                    'A picture given as a dictionary has "image" and may have "boxes" and '
+                    f'"labels", got {sorted(inputs)}.'
+                )
+            boxes, labels = inputs.get("boxes", boxes), inputs.get("labels", labels)
+            inputs = inputs["image"]
         image = read_image(inputs, timeout)
-        features = self.image_processor(images=image, return_tensors="pt")
+        features = dict(self.image_processor(images=image, return_tensors="pt"))
         features["target_sizes"] = torch.tensor([[image.height, image.width]])
-        return dict(features)
+        if boxes is not None:
+            features["entity_boxes"] = [relative_boxes(boxes, image.width, image.height)]
+        if labels is not None:
+            features["entity_labels"] = [self._label_numbers(labels)]
+        return features
 
-    def _forward(self, model_inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _label_numbers(self, labels: Sequence[str | int]) -> Tensor:
+        known: dict[str, int] = self.model.config.label2id
+        for label in labels:
+            if isinstance(label, str) and label not in known:
+                raise ValueError(
+                    f"`labels` has {label!r}, which this model does not know; it knows "
+                    f"{', '.join(known)}."
+                )
+        numbers = [known[label] if isinstance(label, str) else int(label) for label in labels]
+        return torch.tensor(numbers, dtype=torch.int64)
+
+    def _forward(self, model_inputs: dict[str, Any]) -> dict[str, Tensor]:
         target_sizes = model_inputs.pop("target_sizes")
         pixel_values = model_inputs.pop("pixel_values").to(self.model.dtype)
         outputs = self.model(pixel_values, **model_inputs)
-        fields = {name: outputs[name] for name in _OUTPUT_FIELDS}
+        fields = {name: outputs[name] for name in _OUTPUT_FIELDS if outputs.get(name) is not None}
         return fields | {"target_sizes": target_sizes}
 
     def postprocess(self, model_outputs: dict[str, Tensor], **arguments: Any) -> SceneGraph:
@@ -123,18 +172,55 @@ class SceneGraphPipeline(Pipeline):
         return PipelineIterator(outputs, self.postprocess, postprocess_params)
 
 
-def collate_padded(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def relative_boxes(boxes: Any, width: int, height: int) -> Tensor:
+    """Turn corners in pixels into boxes relative to the picture.
+
+    Args:
+        boxes: (E, 4) as x1, y1, x2, y2.
+        width: Of the picture.
+        height: Of the picture.
+
+    Returns:
+        (E, 4) as cx, cy, w, h, cut off at the border.
+
+    Raises:
+        ValueError: If the shape is another, or a box has no area inside the picture.
+    """
+    table = np.asarray(boxes, dtype=np.float32)
+    if table.size and (table.ndim != 2 or table.shape[1] != 4):  # noqa: PLR2004
+        raise ValueError(f"`boxes` must have shape (num_entities, 4), got {table.shape}.")
+    corners = torch.from_numpy(table).reshape(-1, 4)
+    corners = corners / corners.new_tensor([width, height, width, height])
+    corners = corners.clamp(0, 1)
+    is_wrong = ~(corners[:, 2:] > corners[:, :2]).all(-1)
+    if is_wrong.any():
+        row = int(is_wrong.nonzero()[0])
+        raise ValueError(
+            f"`boxes[{row}]` must be x1, y1, x2, y2 with an area inside the picture of "
+            f"{width} x {height} pixels, got {table[row].tolist()}."
+        )
+    return box_xyxy_to_cxcywh(corners)
+
+
+def collate_padded(items: list[dict[str, Any]]) -> dict[str, Any]:
     """Concatenate processed images, padding them at the bottom and on the right with zeros.
 
     Args:
-        items: Each with `pixel_values` (1, 3, h, w), `pixel_mask` (1, h, w) and other tensors
-            whose first dimension is 1.
+        items: Each with `pixel_values` (1, 3, h, w), `pixel_mask` (1, h, w), other tensors whose
+            first dimension is 1, and lists of one entry.
 
     Returns:
         The same names, with `pixel_values` (B, 3, H, W) and `pixel_mask` (B, H, W).
+
+    Raises:
+        ValueError: If entities are given for some of the pictures only.
     """
     if len(items) == 1:
         return items[0]
+    if any(set(item) != set(items[0]) for item in items):
+        raise ValueError(
+            "Entities must be given for all pictures of a batch, or for none; use batch_size=1."
+        )
     height = max(item["pixel_values"].shape[-2] for item in items)
     width = max(item["pixel_values"].shape[-1] for item in items)
     padded = []
@@ -146,4 +232,9 @@ def collate_padded(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
             for name in ("pixel_values", "pixel_mask")
         }
         padded.append(item | images)
-    return {name: torch.cat([item[name] for item in padded]) for name in items[0]}
+    return {
+        name: [item[name][0] for item in padded]
+        if name in _LIST_FIELDS
+        else torch.cat([item[name] for item in padded])
+        for name in items[0]
+    }

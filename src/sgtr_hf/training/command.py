@@ -5,12 +5,23 @@ import logging
 import sys
 from typing import Literal
 
+from ..modeling.modeling_sgtr import SgtrForSceneGraphGeneration
 from .loop import Trainer
 from .recipe import load_recipe
 
 
-def run_recipe(description: str | None, task: Literal["detection", "scene_graph"]) -> None:
-    """Parse the command line, and train; exits with 2 after a mistake of the user."""
+def run_recipe(
+    description: str | None,
+    task: Literal["detection", "scene_graph"],
+    scene_graph_class: type[SgtrForSceneGraphGeneration] = SgtrForSceneGraphGeneration,
+) -> None:
+    """Parse the command line, and train; a mistake of the user ends it with a line that says so.
+
+    Args:
+        description: Of the script.
+        task: That the recipe must have.
+        scene_graph_class: Class of a scene graph model.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     parser = argparse.ArgumentParser(
@@ -25,7 +36,7 @@ def run_recipe(description: str | None, task: Literal["detection", "scene_graph"
             raise ValueError(
                 f"`task` of {options.recipe} is {recipe.task!r}, this trains {task!r}."
             )
-        Trainer(recipe).run()
+        Trainer(recipe, scene_graph_class).run()
     except (ValueError, ArithmeticError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt as interruption:

@@ -29,7 +29,12 @@ from .optimization import make_optimizer, make_schedule
 from .recipe import Recipe
 from .run_log import LossMeter, RunLog
 from .run_record import describe_run
-from .setup_run import make_image_processor, make_model, make_splits
+from .setup_run import (
+    make_image_processor,
+    make_model,
+    make_splits,
+    with_predicate_frequencies,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -43,12 +48,17 @@ class Trainer:
 
     Args:
         recipe: What to train, on what, and how.
+        scene_graph_class: Class of a scene graph model, as for `make_model`.
 
     Raises:
         ValueError: If the recipe does not fit the data.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        scene_graph_class: type[SgtrForSceneGraphGeneration] = SgtrForSceneGraphGeneration,
+    ) -> None:
         self.recipe, self.settings = recipe, recipe.training
         if self.settings.num_threads is not None:
             torch.set_num_threads(self.settings.num_threads)
@@ -69,13 +79,18 @@ class Trainer:
         self.image_processor = make_image_processor(recipe)
         self.progress = Progress()
         self.meter = LossMeter()
-        self._prepare()
+        self._prepare(scene_graph_class)
         self.baseline = self._fit_baseline()
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self.log = RunLog(self.output_dir / "log.jsonl", enabled=self.accelerator.is_main_process)
 
-    def _prepare(self) -> None:
-        model = make_model(self.recipe, self.splits.train.id2label, self.splits.train.id2predicate)
+    def _prepare(self, scene_graph_class: type[SgtrForSceneGraphGeneration]) -> None:
+        model = make_model(
+            with_predicate_frequencies(self.recipe, self.splits.train),
+            self.splits.train.id2label,
+            self.splits.train.id2predicate,
+            scene_graph_class,
+        )
         if self.settings.gradient_checkpointing:
             model.activation_checkpointing_enable()
         self.average: AveragedModel | None = None

@@ -5,6 +5,7 @@ import typing
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -70,16 +71,37 @@ def make_image_processor(recipe: Recipe) -> SgtrImageProcessor:
     return SgtrImageProcessor(**recipe.image_processor)
 
 
+def with_predicate_frequencies(recipe: Recipe, data: SceneGraphDataset) -> Recipe:
+    """Count the predicates of the training split where the long tail asks for it."""
+    if not any(recipe.model.get(name) for name in ("logit_adjustment", "predicate_reweighting")):
+        return recipe
+    predicates = np.concatenate([graph.relations[:, 2] for graph in data.references()])
+    counts = np.bincount(predicates, minlength=len(data.id2predicate)).tolist()
+    return dataclasses.replace(recipe, model={**recipe.model, "predicate_frequencies": counts})
+
+
 def make_model(
-    recipe: Recipe, id2label: dict[int, str], id2predicate: dict[int, str]
+    recipe: Recipe,
+    id2label: dict[int, str],
+    id2predicate: dict[int, str],
+    scene_graph_class: type[SgtrForSceneGraphGeneration] = SgtrForSceneGraphGeneration,
 ) -> PreTrainedModel:
     """Build the recipe's model with the class names of the data.
+
+    Args:
+        recipe: Of the run.
+        id2label: Names of classes.
+        id2predicate: Names of predicates; of no use to a detector.
+        scene_graph_class: Class of a scene graph model; another one of the same configuration can
+            be trained with the same care, to compare with.
 
     Raises:
         ValueError: If the detector has other classes, or a field of the model is wrong.
     """
     if recipe.pretrained_model is not None:
-        return _load_pretrained_model(recipe, recipe.pretrained_model, id2label, id2predicate)
+        return _load_pretrained_model(
+            recipe, recipe.pretrained_model, id2label, id2predicate, scene_graph_class
+        )
     if recipe.task == "detection":
         config = _make_detector_config("model", recipe.model, id2label)
         detector = SgtrDetrForObjectDetection(config)
@@ -88,7 +110,7 @@ def make_model(
     if recipe.detector is None:
         fields = recipe.model.get("detector_config") or {}
         detector_config = _make_detector_config("model.detector_config", fields, id2label)
-        model = _make_scene_graph_model(recipe, detector_config, id2predicate)
+        model = scene_graph_class(_make_scene_graph_config(recipe, detector_config, id2predicate))
         _load_backbone_weights(recipe, model.model.detector)
         return model
     # Weights are trained in float32, whatever they were stored in.
@@ -98,20 +120,24 @@ def make_model(
             f"`detector` {recipe.detector} knows the classes {pretrained.config.id2label}, the "
             f"data has {id2label}; train a detector on this data first."
         )
-    model = _make_scene_graph_model(recipe, pretrained.config, id2predicate)
+    model = scene_graph_class(_make_scene_graph_config(recipe, pretrained.config, id2predicate))
     model.model.detector.load_state_dict(pretrained.state_dict())
     return model
 
 
 def _load_pretrained_model(
-    recipe: Recipe, source: str, id2label: dict[int, str], id2predicate: dict[int, str]
+    recipe: Recipe,
+    source: str,
+    id2label: dict[int, str],
+    id2predicate: dict[int, str],
+    scene_graph_class: type[SgtrForSceneGraphGeneration],
 ) -> PreTrainedModel:
     """Load a trained model with the recipe's changes and the class names of the data."""
     kind: type[PreTrainedModel]
     if recipe.task == "detection":
         kind, given = SgtrDetrForObjectDetection, {"id2label": id2label}
     else:
-        kind, given = SgtrForSceneGraphGeneration, {"id2predicate": id2predicate}
+        kind, given = scene_graph_class, {"id2predicate": id2predicate}
     _check_fields("model", recipe.model, kind.config_class, given=tuple(given))
     trained = kind.config_class.from_pretrained(source)
     fields = trained.to_dict() | _resolve_backbone("model", recipe.model) | given
@@ -123,13 +149,13 @@ def _load_pretrained_model(
     )
 
 
-def _make_scene_graph_model(
+def _make_scene_graph_config(
     recipe: Recipe, detector_config: SgtrDetrConfig, id2predicate: dict[int, str]
-) -> SgtrForSceneGraphGeneration:
+) -> SgtrConfig:
     fields = {name: value for name, value in recipe.model.items() if name != "detector_config"}
     _check_fields("model", fields, SgtrConfig, given=("id2label", "id2predicate"))
     fields |= {"detector_config": detector_config, "id2predicate": id2predicate}
-    return SgtrForSceneGraphGeneration(_make_config(SgtrConfig, fields))
+    return _make_config(SgtrConfig, fields)
 
 
 def _make_detector_config(
