@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 import time
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,13 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection
 import sgtr_hf
 from sgtr_hf.data.training_dataset import Collator, SceneGraphDataset, load_split
 from sgtr_hf.metrics.frequency_baseline import FrequencyBaseline
-from sgtr_hf.training.evaluation import Evaluator, check_vocabularies, evaluate, format_figures
+from sgtr_hf.training.evaluation import (
+    Evaluator,
+    Mode,
+    check_vocabularies,
+    evaluate,
+    format_figures,
+)
 
 
 def main() -> None:
@@ -29,6 +36,12 @@ def main() -> None:
     parser.add_argument("model", help="folder or Hub id")
     parser.add_argument("data", help="folder that datasets.load_dataset reads")
     parser.add_argument("--split", default="test")
+    parser.add_argument(
+        "--mode",
+        choices=typing.get_args(Mode),
+        default="sgdet",
+        help="give the model nothing, the annotated boxes, or boxes and classes",
+    )
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--output", type=Path, help="write the report as JSON")
     options = parser.parse_args()
@@ -58,12 +71,13 @@ def evaluate_model(options: argparse.Namespace) -> dict[str, Any]:
         dataset, batch_size=options.batch_size, collate_fn=Collator(image_processor)
     )
     started = time.monotonic()
-    evaluate(model, tqdm(loader, unit="batch"), evaluator)
+    evaluate(model, tqdm(loader, unit="batch"), evaluator, options.mode)
     figures = evaluator.compute()
     return {
         "model": str(options.model),
         "data": str(options.data),
         "split": options.split,
+        "mode": options.mode,
         "images": len(dataset),
         "seconds": round(time.monotonic() - started, 1),
         "version": sgtr_hf.__version__,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from ..metrics.recall import DetectorCeiling, SceneGraphRecall
 from ..scene_graph import SceneGraph
 
 
+# The tasks of the field: what of the entities the model must find itself.
+Mode = Literal["sgdet", "sgcls", "predcls"]
 # What is measured, and how a table names it.
 RECALLS = {
     "model": "model",
@@ -128,14 +130,32 @@ class Evaluator:
 
 @torch.inference_mode()
 def evaluate(
-    model: PreTrainedModel, batches: Iterable[dict[str, Any]], evaluator: Evaluator
+    model: PreTrainedModel,
+    batches: Iterable[dict[str, Any]],
+    evaluator: Evaluator,
+    mode: Mode = "sgdet",
 ) -> None:
-    """Run a model over batches of the collator and feed the evaluator."""
+    """Run a model over batches of the collator and feed the evaluator.
+
+    Args:
+        model: A detector or a scene graph model.
+        batches: Of the collator.
+        evaluator: Takes the outputs.
+        mode: "sgdet" detects entities; "sgcls" gives the model the annotated boxes, "predcls" also
+            their classes, both to a scene graph model with anchor queries alone.
+    """
     model.eval()
     device = next(model.parameters()).device
     for batch in batches:
         mask = batch.get("pixel_mask")
-        outputs = model(batch["pixel_values"].to(device), None if mask is None else mask.to(device))
+        given: dict[str, list[torch.Tensor]] = {}
+        if mode != "sgdet":
+            given["entity_boxes"] = [label["boxes"] for label in batch["labels"]]
+        if mode == "predcls":
+            given["entity_labels"] = [label["class_labels"] for label in batch["labels"]]
+        outputs = model(
+            batch["pixel_values"].to(device), None if mask is None else mask.to(device), **given
+        )
         evaluator.update(outputs, batch["references"])
 
 
