@@ -282,8 +282,10 @@ def test_gqa_relations_hang_on_their_subjects(tmp_path):
     broken = gqa_graph()
     broken["n161313"]["objects"]["1001"]["relations"][0]["object"] = "77"
     files.write_json(path, broken)
-    with pytest.raises(ValueError, match="relation to 77"):
-        list(read_gqa(path, tmp_path))
+    with pytest.raises(
+        ValueError, match=r"Image n161313: `relations\[0\]\.object`.*got '77', which"
+    ):
+        list(read_gqa(path, tmp_path).checked())
 
 
 def test_gqa200_counts_from_1(tmp_path):

@@ -12,61 +12,103 @@ from typing import Any
 
 
 def convert(options: argparse.Namespace) -> int:
-    """Convert a split of a data set into another format."""
-    writers, sources = _load("dataset_writers"), _load("record_source")
-    if options.to not in writers.WRITERS:
-        raise ValueError(f"`--to` must be one of {', '.join(writers.WRITERS)}, got {options.to!r}.")
+    """Convert splits of a data set into another format."""
+    writers = _load("dataset_writers").WRITERS
+    if options.to not in writers:
+        raise ValueError(f"`--to` must be one of {', '.join(writers)}, got {options.to!r}.")
     if options.to != "parquet" and options.no_embed:
         raise ValueError("`--no-embed` is for `--to parquet`; other formats write image files.")
+    for split in options.split.split(","):
+        _convert_split(options, split, writers[options.to])
+    return 0
+
+
+def _convert_split(options: argparse.Namespace, split: str, writer: Any) -> None:
     settings = {"embed_images": False} if options.no_embed else {}
+    target_split = writer.split_name(split)
     # Whether a COCO file needs an index shows on the way; nothing has been kept then.
     for index in (options.index, True):
-        report = sources.DropReport()
-        source = _open(options, index=index)
-        records = _progress(source.checked("drop" if options.drop else "raise", report))
+        report = _load("record_source").DropReport()
+        source = _open(options, split, index=index)
+        on_error = "drop" if options.drop else "raise"
+        records = source.checked(on_error, report, pictures=not options.no_embed)
         try:
-            write = writers.WRITERS[options.to]
-            count = write(source, records, options.target, options.split, **settings)
+            count = writer.write(
+                source, _progress(records, source), options.target, target_split, **settings
+            )
             break
-        except _load("coco_reader").UnorderedAnnotationsError as error:
+        except _load("coco_grouping").UnorderedAnnotationsError as error:
             if index:
                 raise
             print(f"{error} Starting again with an index.")
-    print(f"{options.target}: {count} images of {options.split!r} as {options.to}; {report}.")
-    return 0
+    print(f"{options.target}: {count} images of {target_split!r} as {options.to}; {report}.")
+    for lost in writer.lost(source):
+        print(f"{options.to} holds no {lost}; they were left out.")
 
 
 def validate(options: argparse.Namespace) -> int:
     """Print every violation; return 1 if there is any that stays."""
     sources = _load("record_source")
-    source = _open(options, index=options.index)
-    sizes = (len(source.entity_names), len(source.predicate_names))
-    report, problems = sources.DropReport(), 0
+    source = _open(options, options.split, index=options.index)
+    report, messages = sources.DropReport(), _Messages(source.place)
+    reading = sources.Reading(source.place, on_broken=messages.add_broken, left_out=report.left_out)
 
     def fixed() -> Iterator[dict[str, Any]]:
-        nonlocal problems
-        for record in _progress(source):
-            found = sources.find_problems(record, *sizes)
-            problems += len(found)
+        for record in _progress(source.make_records(reading), source):
+            found = source.problems(record, pictures=not options.no_pictures)
             for problem in found:
-                print(problem.message)
-            yield sources.drop_problems(record, found, report) if found else record
+                messages.add(problem.message)
+            messages.images += 1
+            kept = sources.drop_problems(record, found, report) if found else record
+            if kept is not None:
+                yield kept
 
     if options.fix is None:
-        count = sum(1 for _ in fixed())
-        print(f"{count} images, {problems} violations.")
-        return int(problems > 0)
-    write = _load("dataset_writers").write_parquet
-    count = write(source, fixed(), options.fix, options.split)
-    print(f"{options.fix}: {count} images, {problems} violations; {report}.")
+        for _ in fixed():
+            pass
+        print(f"{messages.images} images, {messages.count} violations.")
+        return int(messages.count > 0)
+    writer = _load("dataset_writers").WRITERS["parquet"]
+    count = writer.write(source, fixed(), options.fix, writer.split_name(options.split))
+    for message in messages.broken:
+        report.add("broken records", message)
+    print(f"{options.fix}: {count} images, {messages.count} violations; {report}.")
     return 0
+
+
+class _Messages:
+    """Prints violations, and counts them.
+
+    Args:
+        place: The file they are in.
+    """
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+        self.count = self.images = 0
+        self.broken: list[str] = []
+
+    def add(self, message: str) -> None:
+        print(f"{self.place}: {message}")
+        self.count += 1
+
+    def add_broken(self, message: str) -> None:
+        """Print what already names its file."""
+        print(message)
+        self.count += 1
+        self.images += 1
+        self.broken.append(message)
 
 
 def stats(options: argparse.Namespace) -> int:
     """Print what a data set holds, and draw it on request."""
-    source = _open(options, index=options.index)
-    statistics = _load("dataset_statistics").count_records(source, _progress(source))
+    report = _load("record_source").DropReport()
+    source = _open(options, options.split, index=options.index)
+    records = source.checked("drop" if options.drop else "raise", report)
+    statistics = _load("dataset_statistics").count_records(source, _progress(records, source))
     print(statistics)
+    if report.counts or report.left_out:
+        print(report)
     if options.draw is not None:
         statistics.draw(options.draw)
     return 0
@@ -76,7 +118,7 @@ def add_data_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPar
     """Add the parsers of the commands."""
     parser = commands.add_parser("convert", help="convert a data set into another format")
     parser.set_defaults(run=convert)
-    _add_source(parser)
+    _add_source(parser, several_splits=True)
     parser.add_argument("target", type=Path, metavar="TARGET", help="folder to write")
     parser.add_argument("--to", default="parquet", metavar="FORMAT", help="its format")
     parser.add_argument("--drop", action="store_true", help="leave out what is wrong, and count it")
@@ -87,19 +129,33 @@ def add_data_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPar
     parser.set_defaults(run=validate)
     _add_source(parser)
     parser.add_argument("--fix", type=Path, help="write a Parquet copy without what is wrong")
+    parser.add_argument(
+        "--no-pictures", action="store_true", help="check the annotations without the pictures"
+    )
     parser = commands.add_parser("stats", help="count what a data set holds")
     parser.set_defaults(run=stats)
     _add_source(parser)
     parser.add_argument("--draw", type=Path, help="image file of the plots")
+    parser.add_argument("--drop", action="store_true", help="leave out what is wrong, and count it")
 
 
-def _add_source(parser: argparse.ArgumentParser) -> None:
+def _add_source(parser: argparse.ArgumentParser, *, several_splits: bool = False) -> None:
     parser.add_argument("source", metavar="SOURCE", help="file, folder or Hub id")
     parser.add_argument(
         "--from", dest="source_format", metavar="FORMAT", help="its format, if not recognised"
     )
-    parser.add_argument("--split", default="train", help="as the format calls it")
-    parser.add_argument("--images", type=Path, help="folder of the images")
+    if several_splits:
+        parser.add_argument("--split", default="train", help="one, or several as in train,val,test")
+    else:
+        parser.add_argument("--split", default="train", help="val and validation are one")
+    parser.add_argument(
+        "--images",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="folder of the images; for VG150 also a zip file, and more than once",
+    )
     parser.add_argument(
         "--vocabulary", type=Path, help="JSON of names, for formats with free names"
     )
@@ -107,6 +163,12 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         "--index", action="store_true", help="for COCO files that are not in the order of images"
     )
     parser.add_argument("--masks", action="store_true", help="read masks, where there are any")
+    parser.add_argument(
+        "--predicate-offset", type=int, help="number of the first predicate of a rel.json"
+    )
+    parser.add_argument(
+        "--all-images", action="store_true", help="also images of VG150 without relations"
+    )
 
 
 def _load(module: str) -> ModuleType:
@@ -118,17 +180,24 @@ def _load(module: str) -> ModuleType:
         ) from error
 
 
-def _open(options: argparse.Namespace, *, index: bool) -> Any:
+def _open(options: argparse.Namespace, split: str, *, index: bool) -> Any:
     formats = _load("dataset_formats")
     name = options.source_format
     if name is None:
-        name, reason = formats.detect_format(options.source, options.split)
+        name, reason = _load("format_detection").detect_format(options.source, split)
         print(f"format {name}: {reason}")
-    read_options = formats.ReadOptions(options.images, options.vocabulary, index, options.masks)
-    return formats.open_dataset(options.source, options.split, name, read_options)
+    read_options = formats.ReadOptions(
+        images=options.images,
+        vocabulary=options.vocabulary,
+        with_index=index,
+        masks=options.masks,
+        predicate_offset=options.predicate_offset,
+        without_relations=options.all_images,
+    )
+    return formats.open_dataset(options.source, split, name, read_options)
 
 
-def _progress(records: Any) -> Iterator[dict[str, Any]]:
+def _progress(records: Any, source: Any) -> Iterator[dict[str, Any]]:
     from tqdm import tqdm
 
-    yield from tqdm(records, unit="image")
+    yield from tqdm(records, unit="image", total=source.count)

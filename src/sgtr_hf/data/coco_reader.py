@@ -1,19 +1,14 @@
 """Reads COCO files: detection alone, and the two ways in which projects add relations to them."""
 
-import itertools
-import json
-import sqlite3
-import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .json_streaming import read_list, stream_items, stream_pairs
-from .record_source import Record, RecordSource
-
-
-class UnorderedAnnotationsError(ValueError):
-    """Annotations that do not follow the order of the images; an index is needed."""
+from .coco_grouping import CocoImage, UnorderedAnnotationsError, group_by_image
+from .json_streaming import read_list, stream_pairs
+from .record_checks import box_from_size, triplet, whole_number
+from .record_source import Reading, Record, RecordSource, Unresolved
 
 
 class Numbering(NamedTuple):
@@ -22,9 +17,10 @@ class Numbering(NamedTuple):
     names: list[str]
     positions: dict[int, int]
 
-    def position(self, number: int) -> int:
-        """Return the position, or -1 if the number has no name; the check reports it."""
-        return self.positions.get(number, -1)
+    def position(self, number: Any) -> int:
+        """Return the position, or an `Unresolved` if the number has no name."""
+        position = self.positions.get(number)
+        return Unresolved(number) if position is None else position
 
 
 def read_coco(
@@ -43,12 +39,16 @@ def read_coco(
     """
     path = Path(path)
     categories = number_names(read_list(path, "categories"), str(path), "categories")
+    folder = _folder(path, images)
 
-    def records() -> Iterator[Record]:
-        for image, annotations, _ in _images(path, index=index, relations=False):
-            yield _record(image, annotations, [], categories, _folder(path, images))
+    def records(reading: Reading) -> Iterator[Record]:
+        def build(group: CocoImage) -> Record:
+            kept = _without_crowds(group.annotations, reading.left_out)
+            return _record(group.image, kept, [], categories, folder)
 
-    return RecordSource(categories.names, (), records)
+        return reading.records(group_by_image(path, index=index, relations=False), build, _image_id)
+
+    return RecordSource(categories.names, (), records, str(path))
 
 
 def read_coco_rel(
@@ -78,20 +78,27 @@ def read_coco_rel(
     path, relation_path = folder / f"{split}.json", folder / "rel.json"
     categories = number_names(read_list(path, "categories"), str(path), "categories")
     predicates = [str(name) for name in read_list(relation_path, "rel_categories")]
-    if predicate_offset is None:
-        predicate_offset = int(bool(predicates) and is_background(predicates[0]))
+    if not predicates:
+        raise ValueError(f"{relation_path} has no `rel_categories`.")
+    has_background = is_background(predicates[0])
+    offset = int(has_background) if predicate_offset is None else predicate_offset
+    image_folder = _folder(path, images)
 
-    def records() -> Iterator[Record]:
+    def records(reading: Reading) -> Iterator[Record]:
         relations = _RelationsByImage(relation_path, split)
-        for image, annotations, _ in _images(path, index=index, relations=False):
-            rows = [
-                {"subject": subject, "object": object_, "predicate": predicate - predicate_offset}
-                for subject, object_, predicate in relations.of(image["id"])
-            ]
-            # Crowds count in the positions.
-            yield _record(image, annotations, rows, categories, _folder(path, images), crowds=True)
 
-    return RecordSource(categories.names, predicates[predicate_offset:], records)
+        def build(group: CocoImage) -> Record:
+            triplets = (triplet(row) for row in relations.of(group.image["id"]))
+            rows = [
+                {"subject": subject, "object": object_, "predicate": _shifted(predicate, offset)}
+                for subject, object_, predicate in triplets
+            ]
+            # Crowds stay: they count in the positions.
+            return _record(group.image, group.annotations, rows, categories, image_folder)
+
+        return reading.records(group_by_image(path, index=index, relations=False), build, _image_id)
+
+    return RecordSource(categories.names, predicates[has_background:], records, str(path))
 
 
 def read_coco_rel_annotations(
@@ -113,40 +120,52 @@ def read_coco_rel_annotations(
     path = Path(path)
     categories = number_names(read_list(path, "categories"), str(path), "categories")
     predicates = number_names(read_list(path, "rel_categories"), str(path), "rel_categories")
+    folder = _folder(path, images)
 
-    def records() -> Iterator[Record]:
-        for image, annotations, relations in _images(path, index=index, relations=True):
-            positions = {entry["id"]: row for row, entry in enumerate(annotations)}
-            if not index:
-                _check_ends(path, image, relations, positions)
-            rows = [
-                {
-                    "subject": positions.get(relation["subject_id"], -1),
-                    "object": positions.get(relation["object_id"], -1),
-                    "predicate": predicates.position(relation["predicate_id"]),
-                }
-                for relation in relations
-            ]
-            yield _record(image, annotations, rows, categories, _folder(path, images), crowds=True)
+    def build(group: CocoImage) -> Record:
+        rows = relations_by_id(group.annotations, group.relations, predicates)
+        return _record(group.image, group.annotations, rows, categories, folder)
 
-    return RecordSource(categories.names, predicates.names, records)
+    def records(reading: Reading) -> Iterator[Record]:
+        groups = group_by_image(path, index=index, relations=True)
+        if not index:
+            groups = _with_checked_ends(path, groups)
+        return reading.records(groups, build, _image_id)
+
+    return RecordSource(categories.names, predicates.names, records, str(path))
 
 
-def _check_ends(
-    path: Path,
-    image: dict[str, Any],
-    relations: Sequence[dict[str, Any]],
-    positions: dict[int, int],
-) -> None:
-    """In a streamed file, an end that is missing may only come later."""
-    for relation in relations:
-        for name in ("subject_id", "object_id"):
-            if relation[name] not in positions:
-                raise UnorderedAnnotationsError(
-                    f"{path}: image {image['id']} has a relation whose {name} {relation[name]} is "
-                    "not among its annotations, which may not be in the order of `images`; read "
-                    "with an index, `index=True` or `--index`."
-                )
+def relations_by_id(
+    entities: Sequence[dict[str, Any]], relations: Iterable[dict[str, Any]], predicates: Numbering
+) -> list[dict[str, int]]:
+    """Replace the ids of subject and object by their rows, and the predicate by its position."""
+    rows = {entity["id"]: row for row, entity in enumerate(entities)}
+
+    def row_of(entity_id: Any) -> int:
+        return rows[entity_id] if entity_id in rows else Unresolved(entity_id)
+
+    return [
+        {
+            "subject": row_of(relation["subject_id"]),
+            "object": row_of(relation["object_id"]),
+            "predicate": predicates.position(relation["predicate_id"]),
+        }
+        for relation in relations
+    ]
+
+
+def objects_of(
+    annotations: Iterable[dict[str, Any]], categories: Numbering
+) -> list[dict[str, Any]]:
+    """Turn COCO annotations into entities of a record."""
+    return [
+        {
+            "id": whole_number(annotation["id"], "id"),
+            "bbox": box_from_size(annotation["bbox"]),
+            "label": categories.position(annotation["category_id"]),
+        }
+        for annotation in annotations
+    ]
 
 
 def is_background(name: str) -> bool:
@@ -158,18 +177,43 @@ def number_names(entries: Iterable[dict[str, Any]], source: str, field: str) -> 
     """Order categories by their ids, without background.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is none, or two have the same id.
     """
-    named = sorted((int(entry["id"]), str(entry["name"])) for entry in entries)
+    try:
+        named = sorted((int(entry["id"]), str(entry["name"])) for entry in entries)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{source}: each of `{field}` must have `id` and `name`.") from error
     named = [(number, name) for number, name in named if not is_background(name)]
     if not named:
         raise ValueError(f"{source} has no `{field}`; is it in another format?")
-    names = [name for _, name in named]
-    return Numbering(names, {number: position for position, (number, _) in enumerate(named)})
+    positions = {number: position for position, (number, _) in enumerate(named)}
+    for field_name, values in (("id", positions), ("name", {name for _, name in named})):
+        if len(values) < len(named):
+            raise ValueError(f"{source}: two of `{field}` have the same {field_name}.")
+    return Numbering([name for _, name in named], positions)
+
+
+def _without_crowds(
+    annotations: Iterable[dict[str, Any]], left_out: Counter[str]
+) -> list[dict[str, Any]]:
+    annotations = list(annotations)
+    kept = [annotation for annotation in annotations if not annotation.get("iscrowd")]
+    if len(kept) < len(annotations):
+        left_out["crowds"] += len(annotations) - len(kept)
+    return kept
 
 
 def _folder(path: Path, images: str | Path | None) -> Path:
     return path.parent if images is None else Path(images)
+
+
+def _image_id(group: CocoImage) -> Any:
+    return group.image["id"]
+
+
+def _shifted(number: int, offset: int) -> int:
+    """Count a predicate from 0; background itself is no predicate."""
+    return number - offset if number >= offset else Unresolved(number)
 
 
 def _record(
@@ -178,126 +222,31 @@ def _record(
     relations: list[dict[str, int]],
     categories: Numbering,
     folder: Path,
-    *,
-    crowds: bool = False,
 ) -> Record:
-    objects = []
-    for annotation in annotations:
-        if annotation.get("iscrowd") and not crowds:
-            continue
-        x, y, width, height = annotation["bbox"]
-        objects.append(
-            {
-                "id": annotation["id"],
-                "bbox": [x, y, x + width, y + height],
-                "label": categories.position(annotation["category_id"]),
-            }
-        )
     return {
         "image": {"path": str(folder / image["file_name"]), "bytes": None},
-        "image_id": str(image["id"]),
-        "width": image["width"],
-        "height": image["height"],
-        "objects": objects,
+        # Our writers keep an id that is not a number there.
+        "image_id": str(image.get("original_id", image["id"])),
+        "width": whole_number(image["width"], "width"),
+        "height": whole_number(image["height"], "height"),
+        "objects": objects_of(annotations, categories),
         "relations": relations,
     }
 
 
-_Grouped = Iterator[tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]]
-
-
-def _images(path: Path, *, index: bool, relations: bool) -> _Grouped:
-    """Yield images with their annotations and relations."""
-    if index:
-        return _indexed_images(path, relations=relations)
-    return _streamed_images(path, relations=relations)
-
-
-def _streamed_images(path: Path, *, relations: bool) -> _Grouped:
-    """Follow the lists of a file side by side, as long as all are in the order of the images."""
-    cursors = [_Cursor(path, "annotations")]
-    if relations:
-        cursors.append(_Cursor(path, "rel_annotations"))
-    passed: set[Any] = set()
-    for image in stream_items(path, "images.item"):
-        groups = [cursor.take(image["id"], passed) for cursor in cursors]
-        passed.add(image["id"])
-        yield image, groups[0], groups[1] if relations else []
-    for cursor in cursors:
-        cursor.check_end(passed)
-
-
-class _Cursor:
-    """Groups of entries of one image, one after the other."""
-
-    def __init__(self, path: Path, name: str) -> None:
-        self.path, self.name = path, name
-        self.groups = itertools.groupby(
-            stream_items(path, f"{name}.item"), key=lambda entry: entry["image_id"]
-        )
-        self.next: tuple[Any, list[dict[str, Any]]] | None = None
-        self._advance()
-
-    def take(self, image_id: Any, passed: set[Any]) -> list[dict[str, Any]]:
-        """Return the entries of an image, none if the next ones are another image's."""
-        self._check(passed)
-        if self.next is None or self.next[0] != image_id:
-            return []
-        entries = self.next[1]
-        self._advance()
-        return entries
-
-    def check_end(self, passed: set[Any]) -> None:
-        """Reject entries that no image has taken."""
-        self._check(passed)
-        if self.next is not None:
-            raise ValueError(
-                f"{self.path}: `{self.name}` has entries of the image {self.next[0]}, which "
-                "`images` does not list, or not in this order."
-            )
-
-    def _check(self, passed: set[Any]) -> None:
-        if self.next is not None and self.next[0] in passed:
-            raise UnorderedAnnotationsError(
-                f"{self.path}: `{self.name}` are not in the order of `images` (image "
-                f"{self.next[0]} comes again); read with an index, `index=True` or `--index`."
-            )
-
-    def _advance(self) -> None:
-        found = next(self.groups, None)
-        self.next = None if found is None else (found[0], list(found[1]))
-
-
-def _indexed_images(path: Path, *, relations: bool) -> _Grouped:
-    """Look annotations up in a temporary database, which keeps memory small."""
-    with tempfile.TemporaryDirectory() as folder:
-        database = sqlite3.connect(Path(folder) / "index.sqlite")
-        try:
-            names = ("annotations", "rel_annotations") if relations else ("annotations",)
-            for name in names:
-                database.execute(f"CREATE TABLE {name} (image, entry)")
-                database.executemany(
-                    f"INSERT INTO {name} VALUES (?, ?)",
-                    (
-                        (entry["image_id"], json.dumps(entry))
-                        for entry in stream_items(path, f"{name}.item")
-                    ),
-                )
-                database.execute(f"CREATE INDEX {name}_image ON {name} (image)")
-            for image in stream_items(path, "images.item"):
-                found = [
-                    [
-                        json.loads(entry)
-                        for (entry,) in database.execute(
-                            f"SELECT entry FROM {name} WHERE image = ? ORDER BY rowid",
-                            (image["id"],),
-                        )
-                    ]
-                    for name in names
-                ]
-                yield image, found[0], found[1] if relations else []
-        finally:
-            database.close()
+def _with_checked_ends(path: Path, groups: Iterator[CocoImage]) -> Iterator[CocoImage]:
+    """In a streamed file, an end that is missing may only come later."""
+    for group in groups:
+        ids = {annotation.get("id") for annotation in group.annotations}
+        for relation in group.relations:
+            for name in ("subject_id", "object_id"):
+                if relation.get(name) not in ids:
+                    raise UnorderedAnnotationsError(
+                        f"{path}: image {group.image['id']} has a relation whose {name} "
+                        f"{relation.get(name)} is not among its annotations, which may not be in "
+                        "the order of `images`; read with an index, `index=True` or `--index`."
+                    )
+        yield group
 
 
 class _RelationsByImage:
@@ -319,5 +268,5 @@ class _RelationsByImage:
             self.waiting[name] = relations
         raise ValueError(
             f"{self.path}: `{self.split}` has no entry for image {wanted}; every image needs one, "
-            "be it empty."
+            "be it empty"
         )

@@ -1,15 +1,15 @@
-"""The formats that can be read, by name, and how to tell them apart."""
+"""The formats that can be read, by name."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .coco_reader import read_coco, read_coco_rel, read_coco_rel_annotations
+from .format_detection import coco_file, detect_format
 from .gqa_reader import read_gqa, read_gqa200
-from .json_streaming import top_level_names
+from .json_streaming import read_json
 from .open_images_reader import read_open_images, read_open_images_csv
-from .parquet_reader import load_stream, read_coco_parquet, read_parquet
+from .parquet_reader import read_coco_parquet, read_parquet
 from .psg_reader import read_psg
 from .record_source import RecordSource
 from .vg150_reader import read_vg150
@@ -20,23 +20,29 @@ class ReadOptions(NamedTuple):
     """What a caller may say beside path and split.
 
     Args:
-        images: Folder of the images, where the format does not say.
-        vocabulary: JSON file of names, for formats with free names.
+        images: Folder of the images, where the format does not say; for VG150 folders and zip
+            files.
+        vocabulary: JSON file of names: "labels", "predicates" and "attributes" for formats with
+            free names, `categories` and `rel_categories` for Hub columns.
         with_index: For COCO files whose annotations are not in the order of their images.
         masks: Read masks, where the format has any.
+        predicate_offset: Number of the first predicate of a `rel.json`, if not recognised.
+        without_relations: Also images of VG150 that have entities alone.
     """
 
-    images: Path | None = None
+    images: Sequence[Path] = ()
     vocabulary: Path | None = None
     with_index: bool = False
     masks: bool = False
+    predicate_offset: int | None = None
+    without_relations: bool = False
 
-
-class DetectedFormat(NamedTuple):
-    """A format, and what it was recognised by."""
-
-    name: str
-    reason: str
+    @property
+    def image_folder(self) -> Path | None:
+        """The one folder of images, for formats that have only one."""
+        if len(self.images) > 1:
+            raise ValueError(f"`images` must be one folder in this format, got {self.images}.")
+        return self.images[0] if self.images else None
 
 
 Reader = Callable[[Path, str, ReadOptions], RecordSource]
@@ -45,10 +51,16 @@ Reader = Callable[[Path, str, ReadOptions], RecordSource]
 def _names(options: ReadOptions, field: str) -> list[str] | None:
     if options.vocabulary is None:
         return None
-    entries: Mapping[str, Sequence[str]] = json.loads(options.vocabulary.read_text())
+    entries: Mapping[str, Sequence[str]] = read_json(options.vocabulary)
     if field not in entries:
         raise ValueError(f"The vocabulary {options.vocabulary} has no `{field}`.")
     return list(entries[field])
+
+
+def _attributes(options: ReadOptions) -> list[str]:
+    """Attributes are read if the vocabulary names any."""
+    entries = {} if options.vocabulary is None else read_json(options.vocabulary)
+    return list(entries.get("attributes", ()))
 
 
 def _required(value: Any, option: str, format_name: str) -> Any:
@@ -57,46 +69,91 @@ def _required(value: Any, option: str, format_name: str) -> Any:
     return value
 
 
+def _read_vg150(path: Path, split: str, options: ReadOptions) -> RecordSource:
+    return read_vg150(
+        path, split, options.images or None, without_relations=options.without_relations
+    )
+
+
+def _read_coco(path: Path, split: str, options: ReadOptions) -> RecordSource:
+    found = coco_file(path, split) if path.is_dir() else None
+    file, images = (path, None) if found is None else found
+    return read_coco(file, options.image_folder or images, index=options.with_index)
+
+
+def _read_coco_rel(path: Path, split: str, options: ReadOptions) -> RecordSource:
+    return read_coco_rel(
+        path,
+        split,
+        options.image_folder,
+        index=options.with_index,
+        predicate_offset=options.predicate_offset,
+    )
+
+
+def _read_coco_rel_annotations(path: Path, split: str, options: ReadOptions) -> RecordSource:
+    file = path / split / "_annotations.coco.json" if path.is_dir() else path
+    return read_coco_rel_annotations(file, options.image_folder, index=options.with_index)
+
+
 def _read_csv(path: Path, _split: str, options: ReadOptions) -> RecordSource:
     descriptions = min(path.parent.glob("*class-descriptions*.csv"), default=None)
     return read_open_images_csv(
         path,
         _required(descriptions, "a *class-descriptions*.csv beside it", "open-images-csv"),
-        _required(options.images, "--images", "open-images-csv"),
+        _required(options.image_folder, "images", "open-images-csv"),
         predicate_names=_names(options, "predicates"),
+    )
+
+
+def _read_psg(path: Path, split: str, options: ReadOptions) -> RecordSource:
+    file = path / "psg.json" if path.is_dir() else path
+    return read_psg(file, split, options.image_folder, masks=options.masks)
+
+
+def _read_visual_genome(path: Path, _split: str, options: ReadOptions) -> RecordSource:
+    return read_visual_genome(
+        path,
+        _required(_names(options, "labels"), "vocabulary", "visual-genome"),
+        _required(_names(options, "predicates"), "vocabulary", "visual-genome"),
+        options.image_folder,
+        attribute_names=_attributes(options),
+    )
+
+
+def _read_gqa(path: Path, split: str, options: ReadOptions) -> RecordSource:
+    return read_gqa(
+        path / f"{split}_sceneGraphs.json" if path.is_dir() else path,
+        _required(options.image_folder, "images", "gqa"),
+        _names(options, "labels"),
+        _names(options, "predicates"),
+        attribute_names=_attributes(options),
     )
 
 
 FORMATS: dict[str, Reader] = {
     "parquet": lambda path, split, _: read_parquet(path, split),
     "coco-parquet": lambda path, split, options: read_coco_parquet(path, split, options.vocabulary),
-    "vg150": lambda path, split, options: read_vg150(
-        path, split, None if options.images is None else [options.images]
-    ),
-    "coco": lambda path, _, options: read_coco(path, options.images, index=options.with_index),
-    "coco-rel": lambda path, split, options: read_coco_rel(
-        path, split, options.images, index=options.with_index
-    ),
-    "coco-rel-annotations": lambda path, split, options: read_coco_rel_annotations(
-        _file_of_split(path, split), options.images, index=options.with_index
-    ),
-    "open-images": lambda path, split, options: read_open_images(path, split, options.images),
+    "vg150": _read_vg150,
+    "coco": _read_coco,
+    "coco-rel": _read_coco_rel,
+    "coco-rel-annotations": _read_coco_rel_annotations,
+    "open-images": lambda path, split, options: read_open_images(path, split, options.image_folder),
     "open-images-csv": _read_csv,
-    "psg": lambda path, split, options: read_psg(path, split, options.images, masks=options.masks),
-    "visual-genome": lambda path, _, options: read_visual_genome(
-        path,
-        _required(_names(options, "labels"), "--vocabulary", "visual-genome"),
-        _required(_names(options, "predicates"), "--vocabulary", "visual-genome"),
-        options.images,
-    ),
-    "gqa": lambda path, _, options: read_gqa(
-        path,
-        _required(options.images, "--images", "gqa"),
-        _names(options, "labels"),
-        _names(options, "predicates"),
-    ),
-    "gqa200": lambda path, split, options: read_gqa200(path, split, options.images),
+    "psg": _read_psg,
+    "visual-genome": _read_visual_genome,
+    "gqa": _read_gqa,
+    "gqa200": lambda path, split, options: read_gqa200(path, split, options.image_folder),
 }
+# What formats call the split that others call "validation".
+_VALIDATION = {"coco-rel": "val", "coco-rel-annotations": "val", "open-images": "val", "gqa": "val"}
+
+
+def split_name(split: str, format_name: str) -> str:
+    """Return what a format calls a split: "validation" and "val" are one."""
+    if split in ("validation", "val"):
+        return _VALIDATION.get(format_name, "validation")
+    return split
 
 
 def open_dataset(
@@ -109,7 +166,7 @@ def open_dataset(
 
     Args:
         path: A file, a folder or, for Parquet, a Hub id.
-        split: As the format calls it.
+        split: Its name; "validation" and "val" are one. Formats of one file a split ignore it.
         format_name: A key of `FORMATS`; recognised if None.
         options: What the format needs beside them.
 
@@ -120,78 +177,5 @@ def open_dataset(
         format_name = detect_format(path, split).name
     if format_name not in FORMATS:
         raise ValueError(f"`format` must be one of {', '.join(FORMATS)}, got {format_name!r}.")
+    split = split_name(split, format_name)
     return FORMATS[format_name](Path(path), split, options or ReadOptions())
-
-
-def detect_format(path: str | Path, split: str = "train") -> DetectedFormat:
-    """Recognise a format by the names of files and of their first entries.
-
-    Raises:
-        ValueError: If nothing fits.
-    """
-    path = Path(path)
-    if path.is_file():
-        return _detect_file(path)
-    if path.is_dir():
-        return _detect_folder(path, split)
-    # What is neither may be on the Hub.
-    columns = load_stream(path, split).column_names or []
-    return _by_columns(columns, str(path))
-
-
-def _detect_file(path: Path) -> DetectedFormat:
-    if path.suffix == ".csv":
-        return DetectedFormat("open-images-csv", f"{path.name} is CSV")
-    names = set(top_level_names(path))
-    # In this order: a file with relations has the keys of one without.
-    for name, key in (
-        ("coco-rel-annotations", "rel_annotations"),
-        ("coco-rel-annotations", "rel_categories"),
-        ("psg", "predicate_classes"),
-        ("psg", "thing_classes"),
-        ("gqa200", "img_info_all"),
-        ("coco", "images"),
-        ("coco", "annotations"),
-    ):
-        if key in names:
-            return DetectedFormat(name, f"{path.name} has the entry `{key}`")
-    if path.name.lower().endswith("scenegraphs.json"):
-        return DetectedFormat("gqa", f"{path.name} is a dictionary of images")
-    if "data" in names:
-        return DetectedFormat("psg", f"{path.name} begins with the entry `data`")
-    raise ValueError(
-        f"The format of {path} is not recognised (first entries: "
-        f"{', '.join(sorted(names)[:5]) or 'none'}); name it with `--from`."
-    )
-
-
-_FILES_OF_FORMATS = (
-    ("coco-rel", "rel.json"),
-    ("open-images", "annotations/categories_dict.json"),
-    ("gqa200", "GQA_200_ID_Info.json"),
-    ("psg", "psg.json"),
-    ("vg150", "*.h5"),
-    ("coco-rel-annotations", "{split}/_annotations.coco.json"),
-    ("visual-genome", "scene_graphs.json"),
-    ("visual-genome", "relationships.json"),
-)
-
-
-def _detect_folder(path: Path, split: str) -> DetectedFormat:
-    for name, pattern in _FILES_OF_FORMATS:
-        found = sorted(path.glob(pattern.format(split=split)))
-        if found:
-            return DetectedFormat(name, f"{path} has {found[0].relative_to(path)}")
-    if any(path.rglob("*.parquet")):
-        return _by_columns(load_stream(path, split).column_names or [], str(path))
-    raise ValueError(f"The format of the folder {path} is not recognised; name it with `--from`.")
-
-
-def _by_columns(columns: Sequence[str], source: str) -> DetectedFormat:
-    if "file_name" in columns:
-        return DetectedFormat("coco-parquet", f"{source} has a column `file_name`")
-    return DetectedFormat("parquet", f"{source} has Parquet shards")
-
-
-def _file_of_split(path: Path, split: str) -> Path:
-    return path / split / "_annotations.coco.json" if path.is_dir() else path

@@ -3,22 +3,28 @@
 import io
 import itertools
 import json
-import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 from PIL import Image
 
+from .dataset_card import write_dataset_card
+from .output_folder import JsonLists, embedded_image, unfinished_folder, write_image
 from .record_source import Record, RecordSource
 
 
 # Images of a shard: some tens of megabytes.
 SHARD_IMAGES = 1000
-_SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
+# What `datasets` takes for the name of a split.
+_SPLIT_NAME = r"\w+(\.\w+)*"
+# Ids of images beyond any that a data set counts.
+_FIRST_FREE_ID = 2**40
+# Segment ids of a panoptic picture have three bytes; 0 is no segment.
+_MAX_SEGMENT_ID = 2**24 - 1
 
 
 def write_parquet(
@@ -30,7 +36,7 @@ def write_parquet(
     embed_images: bool = True,
     shard_images: int = SHARD_IMAGES,
 ) -> int:
-    """Write shards in the one schema, readable by `datasets.load_dataset(output)`.
+    """Write shards in the one schema, readable by `datasets.load_dataset(output)`, and a card.
 
     Args:
         source: Gives the vocabularies.
@@ -46,7 +52,9 @@ def write_parquet(
     Raises:
         ValueError: If a picture cannot be read, or the split is there already.
     """
-    if any(output.glob(f"{split}-*.parquet")):
+    if not re.fullmatch(_SPLIT_NAME, split):
+        raise ValueError(f"`split` must be made of letters, digits and _, got {split!r}.")
+    if any(output.glob(f"{split}-*-of-*.parquet")):
         raise ValueError(f"{output} has a split {split!r} already; name a new folder.")
     features = source.features()
     count = 0
@@ -62,6 +70,7 @@ def write_parquet(
             count += len(rows)
         for number, shard in enumerate(shards):
             shard.rename(output / f"{split}-{number:05d}-of-{len(shards):05d}.parquet")
+    write_dataset_card(output, Path(source.place).name)
     return count
 
 
@@ -76,21 +85,21 @@ def write_coco_rel_annotations(
     """
     names = ("images", "annotations", "rel_annotations")
     numbers = {name: itertools.count(1) for name in names}
+    image_ids = _ImageIds()
     with (
         unfinished_folder(output, split, keep=True) as folder,
-        _JsonLists(folder / "_annotations.coco.json", names) as lists,
+        JsonLists(folder / "_annotations.coco.json", names) as lists,
     ):
         for record in records:
-            image_id = next(numbers["images"])
-            file_name = write_image(record, folder)
-            lists.add("images", _coco_image(record, image_id, file_name))
+            image = image_ids.entry(record, write_image(record, folder))
+            lists.add("images", image)
             ids = [next(numbers["annotations"]) for _ in record["objects"]]
             for annotation_id, entity in zip(ids, record["objects"], strict=True):
-                lists.add("annotations", _coco_annotation(entity, annotation_id, image_id))
+                lists.add("annotations", _coco_annotation(entity, annotation_id, image["id"]))
             for relation in record["relations"]:
                 entry = {
                     "id": next(numbers["rel_annotations"]),
-                    "image_id": image_id,
+                    "image_id": image["id"],
                     "subject_id": ids[relation["subject"]],
                     "object_id": ids[relation["object"]],
                     "predicate_id": relation["predicate"] + 1,
@@ -106,33 +115,37 @@ def write_coco_rel_annotations(
 def write_coco_rel(
     source: RecordSource, records: Iterable[Record], output: Path, split: str
 ) -> int:
-    """Write `{split}.json` and an entry of `rel.json` (RelTR, EGTR), and the images beside them.
+    """Write `{split}.json`, an entry of `rel.json` (RelTR, EGTR), and the images in `{split}`.
 
     Categories and predicates count from 1, background before them; arguments and errors as of
     `write_parquet`.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    relation_path = output / "rel.json"
+    relation_path, path = output / "rel.json", output / f"{split}.json"
     relations: dict[str, Any] = {}
     if relation_path.is_file():
         relations = json.loads(relation_path.read_text())
-    if split in relations:
+    if split in relations or path.exists():
         raise ValueError(f"{relation_path} has a split {split!r} already; name a new folder.")
     of_split: dict[str, list[list[int]]] = {}
-    numbers = itertools.count(1)
-    with _JsonLists(output / f"{split}.json", ("images", "annotations")) as lists:
-        for image_id, record in enumerate(records, start=1):
-            file_name = write_image(record, output)
-            lists.add("images", _coco_image(record, image_id, file_name))
-            for entity in record["objects"]:
-                lists.add("annotations", _coco_annotation(entity, next(numbers), image_id))
-            of_split[str(image_id)] = [
-                [row["subject"], row["object"], row["predicate"] + 1] for row in record["relations"]
-            ]
-        lists.finish(categories=_categories(source.entity_names))
-    relations[split] = of_split
-    relations["rel_categories"] = ["__background__", *source.predicate_names]
-    relation_path.write_text(json.dumps(relations))
+    numbers, image_ids = itertools.count(1), _ImageIds()
+    with unfinished_folder(output, split, keep=True) as folder:
+        with JsonLists(folder / path.name, ("images", "annotations")) as lists:
+            for record in records:
+                file_name = f"{split}/{write_image(record, folder)}"
+                image = image_ids.entry(record, file_name)
+                lists.add("images", image)
+                for entity in record["objects"]:
+                    lists.add("annotations", _coco_annotation(entity, next(numbers), image["id"]))
+                of_split[str(image["id"])] = [
+                    [row["subject"], row["object"], row["predicate"] + 1]
+                    for row in record["relations"]
+                ]
+            lists.finish(categories=_categories(source.entity_names))
+        relations[split] = of_split
+        relations["rel_categories"] = ["__background__", *source.predicate_names]
+        (folder / relation_path.name).write_text(json.dumps(relations))
+    for name in (path.name, relation_path.name):
+        (output / split / name).replace(output / name)
     return len(of_split)
 
 
@@ -144,7 +157,7 @@ def write_psg(source: RecordSource, records: Iterable[Record], output: Path, spl
     """
     with (
         unfinished_folder(output, split, keep=True) as folder,
-        _JsonLists(folder / "psg.json", ("data", "test_image_ids")) as lists,
+        JsonLists(folder / "psg.json", ("data", "test_image_ids")) as lists,
     ):
         for record in records:
             lists.add("data", _psg_entry(record, folder))
@@ -158,107 +171,62 @@ def write_psg(source: RecordSource, records: Iterable[Record], output: Path, spl
     return lists.counts["data"]
 
 
-WRITERS: dict[str, Callable[[RecordSource, Iterable[Record], Path, str], int]] = {
-    "parquet": write_parquet,
-    "coco-rel-annotations": write_coco_rel_annotations,
-    "coco-rel": write_coco_rel,
-    "psg": write_psg,
+class Writer(NamedTuple):
+    """A format that can be written.
+
+    Args:
+        write: Takes source, records, output folder and split; returns the number of images.
+        validation: What the format calls the validation split.
+        keeps: Those of attributes and masks that the format holds.
+    """
+
+    write: Callable[..., int]
+    validation: str
+    keeps: frozenset[str] = frozenset()
+
+    def lost(self, source: RecordSource) -> list[str]:
+        """Name what the records of a source have and this format has not."""
+        has = {"attributes": bool(source.attribute_names), "masks": source.has_masks}
+        return [name for name, present in has.items() if present and name not in self.keeps]
+
+    def split_name(self, split: str) -> str:
+        """Return what the format calls a split: "validation" and "val" are one."""
+        return self.validation if split in ("validation", "val") else split
+
+
+WRITERS: dict[str, Writer] = {
+    "parquet": Writer(write_parquet, "validation", frozenset({"attributes", "masks"})),
+    "coco-rel-annotations": Writer(write_coco_rel_annotations, "val"),
+    "coco-rel": Writer(write_coco_rel, "val"),
+    "psg": Writer(write_psg, "val", frozenset({"masks"})),
 }
 
 
-def embedded_image(record: Record) -> dict[str, Any]:
-    """Return the image entry of a record with the bytes of its file, which are not changed.
+class _ImageIds:
+    """Numbers for images, as COCO needs: their own ids, if the first image has a number for one.
 
-    Raises:
-        ValueError: If the file is missing or is not a picture.
+    An id that is no number, or all of them if the first is none, is kept beside the number.
     """
-    entry = record["image"]
-    if isinstance(entry, Image.Image):
-        file = io.BytesIO()
-        entry.save(file, entry.format or "PNG")
-        return {"bytes": file.getvalue(), "path": None}
-    content = entry.get("bytes")
-    try:
-        if content is None:
-            content = Path(entry["path"]).read_bytes()
-        Image.open(io.BytesIO(content)).verify()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(
-            f"Image {record['image_id']}: the picture {entry.get('path')} cannot be read: {error}"
-        ) from error
-    return {"bytes": content, "path": Path(entry.get("path") or "").name or None}
 
+    def __init__(self) -> None:
+        self.counter: itertools.count[int] | None = None
+        self.are_own = False
 
-def write_image(record: Record, folder: Path) -> str:
-    """Write a record's picture into a folder as it is, and return its file name."""
-    content = embedded_image(record)["bytes"]
-    suffix = _SUFFIXES.get(Image.open(io.BytesIO(content)).format or "", ".img")
-    name = f"{record['image_id']}{suffix}".replace("/", "_")
-    (folder / name).write_bytes(content)
-    return name
-
-
-@contextmanager
-def unfinished_folder(output: Path, name: str, *, keep: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder in `output`; with `keep` it becomes `output/name` in the end.
-
-    Raises:
-        ValueError: If `output/name` is there already.
-    """
-    target = output / name
-    if keep and target.exists():
-        raise ValueError(f"{target} exists already; name a new folder.")
-    output.mkdir(parents=True, exist_ok=True)
-    folder = output / f".unfinished-{name.strip('.')}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
-        yield folder
-        if keep:
-            folder.rename(target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-class _JsonLists:
-    """A JSON file of several lists that grow at the same time, without keeping them in memory."""
-
-    def __init__(self, path: Path, names: tuple[str, ...]) -> None:
-        self.path, self.counts = path, dict.fromkeys(names, 0)
-        self.parts = {name: path.with_name(f".{path.name}.{name}") for name in names}
-        self.files = {name: part.open("w") for name, part in self.parts.items()}
-
-    def __enter__(self) -> "_JsonLists":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for name, file in self.files.items():
-            file.close()
-            self.parts[name].unlink(missing_ok=True)
-
-    def add(self, name: str, entry: Any) -> None:
-        """Append to a list."""
-        separator = ",\n" if self.counts[name] else ""
-        self.files[name].write(separator + json.dumps(entry))
-        self.counts[name] += 1
-
-    def finish(self, **others: Any) -> None:
-        """Write the file, with other entries after the lists."""
-        with self.path.open("w") as target:
-            target.write("{")
-            for name, file in self.files.items():
-                file.close()
-                target.write(f'"{name}": [\n')
-                with self.parts[name].open() as part:
-                    shutil.copyfileobj(part, target)
-                target.write("\n],\n")
-            rest = ",\n".join(f'"{name}": {json.dumps(entry)}' for name, entry in others.items())
-            target.write(rest + "}\n")
-
-
-def _coco_image(record: Record, image_id: int, file_name: str) -> dict[str, Any]:
-    sizes = {name: record[name] for name in ("width", "height")}
-    return {"id": image_id, "file_name": file_name, **sizes}
+    def entry(self, record: Record, file_name: str) -> dict[str, Any]:
+        """Return the entry of an image in `images`."""
+        image_id = record["image_id"]
+        is_number = image_id.isascii() and image_id.isdigit() and str(int(image_id)) == image_id
+        if self.counter is None:
+            self.are_own = is_number
+            self.counter = itertools.count(_FIRST_FREE_ID if is_number else 1)
+        is_own = self.are_own and is_number
+        entry = {
+            "id": int(image_id) if is_own else next(self.counter),
+            "file_name": file_name,
+            "width": record["width"],
+            "height": record["height"],
+        }
+        return entry if is_own else entry | {"original_id": image_id}
 
 
 def _coco_annotation(entity: dict[str, Any], annotation_id: int, image_id: int) -> dict[str, Any]:
@@ -279,6 +247,7 @@ def _categories(names: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def _psg_entry(record: Record, folder: Path) -> dict[str, Any]:
+    segment_ids = _segment_ids(record)
     segments = [
         {
             "id": number,
@@ -287,7 +256,7 @@ def _psg_entry(record: Record, folder: Path) -> dict[str, Any]:
             "isthing": 1,
             "area": int(_area(entity)),
         }
-        for number, entity in enumerate(record["objects"], start=1)
+        for number, entity in zip(segment_ids, record["objects"], strict=True)
     ]
     entry = {
         "file_name": write_image(record, folder),
@@ -303,9 +272,16 @@ def _psg_entry(record: Record, folder: Path) -> dict[str, Any]:
             [row["subject"], row["object"], row["predicate"]] for row in record["relations"]
         ],
     }
-    if any("mask" in entity for entity in record["objects"]):
-        entry["pan_seg_file_name"] = _write_panoptic(record, folder)
+    if any(entity.get("mask") for entity in record["objects"]):
+        entry["pan_seg_file_name"] = _write_panoptic(record, segment_ids, folder)
     return entry
+
+
+def _segment_ids(record: Record) -> list[int]:
+    """Their own ids, where a panoptic picture can hold them; else numbers from 1."""
+    ids = [entity["id"] for entity in record["objects"]]
+    fits = len(set(ids)) == len(ids) and all(0 < number <= _MAX_SEGMENT_ID for number in ids)
+    return ids if fits else list(range(1, len(ids) + 1))
 
 
 def _area(entity: dict[str, Any]) -> float:
@@ -313,13 +289,13 @@ def _area(entity: dict[str, Any]) -> float:
     return float((x2 - x1) * (y2 - y1))
 
 
-def _write_panoptic(record: Record, folder: Path) -> str:
+def _write_panoptic(record: Record, segment_ids: list[int], folder: Path) -> str:
     """Paint the segments one over the other; a panoptic picture gives a pixel to one alone."""
     ids = np.zeros((record["height"], record["width"]), dtype=np.int64)
-    for number, entity in enumerate(record["objects"], start=1):
+    for number, entity in zip(segment_ids, record["objects"], strict=True):
         mask = Image.open(io.BytesIO(entity["mask"]["bytes"]))
         ids[np.asarray(mask, dtype=np.bool_)] = number
     colors = np.stack((ids % 256, ids // 256 % 256, ids // 256**2), axis=-1).astype(np.uint8)
-    name = f"{record['image_id']}-panoptic.png"
+    name = f"{record['image_id']}-panoptic.png".replace("/", "_")
     Image.fromarray(colors).save(folder / name)
     return name

@@ -1,15 +1,22 @@
 """Reads Parquet shards, local or from the Hub: the one schema, and COCO columns with relations."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
+import pyarrow.parquet as pq
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
-from .coco_reader import Numbering, number_names
-from .record_source import Record, RecordSource
+from .coco_reader import Numbering, number_names, objects_of, relations_by_id
+from .record_checks import whole_number
+from .record_source import Reading, Record, RecordSource
 from .schema import vocabularies
+
+
+COCO_COLUMNS = ("image", "image_id", "width", "height", "objects", "relations")
 
 
 def read_parquet(path: str | Path, split: str) -> RecordSource:
@@ -27,15 +34,17 @@ def read_parquet(path: str | Path, split: str) -> RecordSource:
     entity = stream.features["objects"].feature
     attributes = entity["attributes"].feature.names if "attributes" in entity else ()
 
-    def records() -> Iterator[Record]:
-        yield from without_decoding(stream)
+    def records(reading: Reading) -> Iterator[Record]:
+        return reading.records(stream.decode(False), _whole, lambda row: row["image_id"])
 
     return RecordSource(
         list(id2label.values()),
         list(id2predicate.values()),
         records,
+        str(path),
         attribute_names=attributes,
         has_masks="mask" in entity,
+        count=_count(path, split, stream),
     )
 
 
@@ -44,7 +53,8 @@ def read_coco_parquet(
 ) -> RecordSource:
     """Stream shards with COCO columns, as of `maelic/*-coco-format` on the Hub.
 
-    Objects have xywh boxes and `category_id`; relations name the ids of objects.
+    Objects have xywh boxes and `category_id`; relations name the ids of objects. Both may be
+    lists of entries, or entries of lists, which older versions of `datasets` wrote.
 
     Args:
         path: A folder of shards, or a Hub id.
@@ -56,9 +66,7 @@ def read_coco_parquet(
         ValueError: If there is no such split, the columns are others, or no names are found.
     """
     stream = load_stream(path, split)
-    missing = {"image", "image_id", "width", "height", "objects", "relations"} - set(
-        stream.column_names or ()
-    )
+    missing = set(COCO_COLUMNS) - set(stream.column_names or ())
     if missing:
         raise ValueError(f"{path} lacks the columns {', '.join(sorted(missing))}.")
     entries = _find_categories(path, stream, categories)
@@ -66,60 +74,75 @@ def read_coco_parquet(
         number_names(entries[field], str(path), field) for field in ("categories", "rel_categories")
     )
 
-    def records() -> Iterator[Record]:
-        for row in without_decoding(stream):
-            yield _record(row, labels, predicates)
+    def records(reading: Reading) -> Iterator[Record]:
+        return reading.records(
+            stream.decode(False),
+            lambda row: _record(row, labels, predicates),
+            lambda row: row["image_id"],
+        )
 
-    return RecordSource(labels.names, predicates.names, records)
+    return RecordSource(
+        labels.names, predicates.names, records, str(path), count=_count(path, split, stream)
+    )
 
 
-def load_stream(path: str | Path, split: str) -> datasets.IterableDataset:
+def load_stream(path: str | Path, split: str, **options: Any) -> datasets.IterableDataset:
     """Open a split without reading it.
+
+    Args:
+        path: A folder of shards, or a Hub id.
+        split: Name of a split.
+        **options: For `datasets.load_dataset`, as `columns`.
 
     Raises:
         ValueError: If there is no such data set or split.
     """
     try:
-        return datasets.load_dataset(str(path), split=split, streaming=True)
-    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+        return datasets.load_dataset(str(path), split=split, streaming=True, **options)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"{path} has no readable split {split!r}: {error}") from error
 
 
-def without_decoding(stream: datasets.IterableDataset) -> Iterator[Record]:
-    """Yield rows whose pictures and masks stay bytes."""
-    yield from stream.decode(False)
+def _count(path: str | Path, split: str, stream: datasets.IterableDataset) -> int | None:
+    """The number of rows, where the ends of the shards or the data set's card say it."""
+    shards = list(Path(path).glob(f"{split}-*.parquet")) if Path(path).is_dir() else []
+    if shards:
+        return sum(pq.read_metadata(shard).num_rows for shard in shards)
+    info = (stream.info.splits or {}).get(split)
+    return None if info is None else info.num_examples or None
+
+
+def _whole(row: dict[str, Any]) -> Record:
+    """A list that is null is empty."""
+    return row | {name: row[name] or [] for name in ("objects", "relations")}
 
 
 def _record(row: dict[str, Any], labels: Numbering, predicates: Numbering) -> Record:
-    positions = {entity["id"]: position for position, entity in enumerate(row["objects"])}
-    objects = []
-    for entity in row["objects"]:
-        x, y, width, height = entity["bbox"]
-        label = labels.position(entity["category_id"])
-        box = [x, y, x + width, y + height]
-        objects.append({"id": entity["id"], "bbox": box, "label": label})
-    relations = [
-        {
-            "subject": positions.get(relation["subject_id"], -1),
-            "object": positions.get(relation["object_id"], -1),
-            "predicate": predicates.position(relation["predicate_id"]),
-        }
-        for relation in row["relations"]
-    ]
+    entities = _entries(row["objects"])
     kept = {name: row[name] for name in ("image", "width", "height")}
     return kept | {
         "image_id": str(row["image_id"]),
-        "objects": objects,
-        "relations": relations,
+        "width": whole_number(row["width"], "width"),
+        "height": whole_number(row["height"], "height"),
+        "objects": objects_of(entities, labels),
+        "relations": relations_by_id(entities, _entries(row["relations"]), predicates),
     }
+
+
+def _entries(value: Any) -> Sequence[dict[str, Any]]:
+    """Turn a dictionary of lists into a list of dictionaries."""
+    if not isinstance(value, dict):
+        return list(value or ())
+    columns = value.values()
+    return [dict(zip(value, entry, strict=True)) for entry in zip(*columns, strict=True)]
 
 
 def _find_categories(
     path: str | Path, stream: datasets.IterableDataset, categories: str | Path | None
 ) -> dict[str, Any]:
-    file = Path(path) / "categories.json" if categories is None else Path(categories)
+    file = _hub_or_local_file(path) if categories is None else Path(categories)
     try:
-        text = file.read_text() if file.is_file() else stream.info.description
+        text = stream.info.description if file is None else file.read_text()
         entries: dict[str, Any] = json.loads(text or "")
         if {"categories", "rel_categories"} <= set(entries):
             return entries
@@ -127,5 +150,17 @@ def _find_categories(
         pass
     raise ValueError(
         f"The names of {path} are not in categories.json nor in the description; give a JSON file "
-        "with `categories` and `rel_categories`."
+        "with `categories` and `rel_categories`, `--vocabulary` on the command line."
     )
+
+
+def _hub_or_local_file(path: str | Path) -> Path | None:
+    """Return `categories.json` of the folder or of the data set on the Hub, if there is one."""
+    if Path(path).is_dir():
+        file = Path(path) / "categories.json"
+        return file if file.is_file() else None
+    try:
+        found = huggingface_hub.hf_hub_download(str(path), "categories.json", repo_type="dataset")
+    except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError):
+        return None
+    return Path(found)

@@ -1,16 +1,14 @@
 """Reads VG150: Visual Genome with 150 classes and 50 predicates, as HDF5 beside two JSON files."""
 
-import json
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .json_streaming import stream_items
-from .record_source import Record, RecordSource
+from .json_streaming import read_json, stream_items
+from .record_source import Reading, Record, RecordSource
 
 
 # Boxes are stored for images whose longer side has this many pixels.
@@ -21,10 +19,16 @@ NUM_VALIDATION = 5000
 MISSING_IMAGES = frozenset({1592, 1722, 4616, 4617})
 IMAGE_PLACES = ("VG_100K", "VG_100K_2", "VG_100K.zip", "VG_100K_2.zip", "images.zip", "images2.zip")
 SPLIT_NUMBERS = {"train": 0, "validation": 0, "test": 2}
+DATASETS = (
+    *("labels", f"boxes_{BOX_SCALE}", "predicates", "relationships", "split"),
+    *("img_to_first_box", "img_to_last_box", "img_to_first_rel", "img_to_last_rel"),
+)
+
+FindImage = Callable[[int], dict[str, Any]]
 
 
 def read_vg150(
-    folder: str | Path,
+    path: str | Path,
     split: str,
     images: Sequence[str | Path] | None = None,
     *,
@@ -34,10 +38,11 @@ def read_vg150(
     """Read a split.
 
     Args:
-        folder: Holds the HDF5 file, its dictionaries and `image_data.json`.
+        path: The HDF5 file, or the folder of the only one; its dictionaries and
+            `image_data.json` are beside it.
         split: "train", "validation" or "test"; validation is the beginning of the training split.
         images: Folders or zip files of the images, searched in this order; by default `VG_100K`
-            and `VG_100K_2` in `folder`, as folders or zip files.
+            and `VG_100K_2` in the folder, as folders or zip files.
         num_validation: Images of the validation split.
         without_relations: Also images that have entities alone.
 
@@ -48,72 +53,67 @@ def read_vg150(
         ValueError: If a file or split is missing, or the files do not belong together.
         ImportError: If h5py is not installed.
     """
-    folder = Path(folder)
     if split not in SPLIT_NUMBERS:
         raise ValueError(f"`split` must be one of {', '.join(SPLIT_NUMBERS)}, got {split!r}.")
-    annotations = _find_file(folder, "*.h5")
-    dictionaries = json.loads(_find_file(folder, "*dicts*.json").read_text())
-    find_image = _image_finder(folder, images)
+    path = Path(path)
+    annotations = _find_file(path, "*.h5") if path.is_dir() else path
+    folder = annotations.parent
+    dictionaries_path = _find_dictionaries(annotations)
+    dictionaries = read_json(dictionaries_path)
+    for name in ("idx_to_label", "idx_to_predicate"):
+        if name not in dictionaries:
+            raise ValueError(f"{dictionaries_path} has no `{name}`.")
+    rows = _rows_of_split(annotations, split, num_validation, without_relations=without_relations)
     attribute_names = _names(dictionaries.get("idx_to_attribute", {}))
+    if "attributes" not in _datasets_of(annotations):
+        attribute_names = []
+    find_image = _image_finder(folder, images)
 
-    def records() -> Iterator[Record]:
-        return _read(
-            annotations,
-            folder / "image_data.json",
-            partial(_rows_of_split, split=split, num_validation=num_validation,
-                    without_relations=without_relations),
-            find_image,
-            with_attributes=bool(attribute_names),
-        )  # fmt: skip
+    def records(reading: Reading) -> Iterator[Record]:
+        import h5py
+
+        with h5py.File(annotations, "r") as file:
+            chosen = _chosen_images(folder / "image_data.json", annotations, rows)
+            yield from reading.records(
+                chosen,
+                lambda entry: _record(file, *entry, find_image, bool(attribute_names)),
+                lambda entry: entry[1]["image_id"],
+            )
 
     return RecordSource(
         _names(dictionaries["idx_to_label"]),
         _names(dictionaries["idx_to_predicate"]),
         records,
+        str(annotations),
         attribute_names=attribute_names,
+        count=len(rows),
     )
 
 
-def _read(
-    annotations: Path,
-    image_data: Path,
-    rows_of_split: Callable[[Any], np.ndarray],
-    find_image: Callable[[int], dict[str, Any]],
-    *,
-    with_attributes: bool,
-) -> Iterator[Record]:
+def _datasets_of(annotations: Path) -> set[str]:
     import h5py
 
-    with h5py.File(annotations, "r") as file:
-        with_attributes = with_attributes and "attributes" in file
-        chosen = np.zeros(len(file["split"]), dtype=np.bool_)
-        chosen[rows_of_split(file)] = True
-        row = -1
-        for row, image in enumerate(_listed_images(image_data)):
-            if row >= len(chosen):
-                break
-            if chosen[row]:
-                yield _record(file, row, image, find_image, with_attributes=with_attributes)
-        if row != len(chosen) - 1:
-            raise ValueError(
-                f"{image_data} lists {row + 1} images (without the four broken ones), but "
-                f"{annotations} has {len(chosen)}; they do not belong together."
-            )
-
-
-def _listed_images(path: Path) -> Iterator[dict[str, Any]]:
-    """Images in the order of the HDF5 rows, which skip the four broken ones."""
-    for image in stream_items(path, "item"):
-        if image["image_id"] not in MISSING_IMAGES:
-            yield image
+    try:
+        with h5py.File(annotations, "r") as file:
+            found = set(file)
+    except OSError as error:
+        raise ValueError(f"{annotations} is not a readable HDF5 file: {error}") from error
+    missing = set(DATASETS) - found
+    if missing:
+        raise ValueError(f"{annotations} lacks {', '.join(sorted(missing))}; is it VG150?")
+    return found
 
 
 def _rows_of_split(
-    file: Any, *, split: str, num_validation: int, without_relations: bool
+    annotations: Path, split: str, num_validation: int, *, without_relations: bool
 ) -> np.ndarray:
-    has_boxes = file["img_to_first_box"][:] >= 0
-    has_relations = file["img_to_first_rel"][:] >= 0
-    is_split = (file["split"][:] == SPLIT_NUMBERS[split]) & has_boxes
+    import h5py
+
+    _datasets_of(annotations)
+    with h5py.File(annotations, "r") as file:
+        has_boxes = file["img_to_first_box"][:] >= 0
+        has_relations = file["img_to_first_rel"][:] >= 0
+        is_split = (file["split"][:] == SPLIT_NUMBERS[split]) & has_boxes
     rows = np.flatnonzero(is_split & has_relations)
     if split == "validation":
         return rows[:num_validation]
@@ -126,13 +126,34 @@ def _rows_of_split(
     return rows
 
 
+def _chosen_images(
+    image_data: Path, annotations: Path, rows: np.ndarray
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the rows of a split with their images, and compare the lengths in the end.
+
+    Rows of the HDF5 file are the listed images without the four broken ones.
+    """
+    import h5py
+
+    with h5py.File(annotations, "r") as file:
+        num_rows = len(file["split"])
+    chosen = set(rows.tolist())
+    count = 0
+    for image in stream_items(image_data, "item"):
+        if image["image_id"] in MISSING_IMAGES:
+            continue
+        if count in chosen:
+            yield count, image
+        count += 1
+    if count != num_rows:
+        raise ValueError(
+            f"{image_data} lists {count} images (without the four broken ones), but {annotations} "
+            f"has {num_rows}; they do not belong together."
+        )
+
+
 def _record(
-    file: Any,
-    row: int,
-    image: dict[str, Any],
-    find_image: Callable[[int], dict[str, Any]],
-    *,
-    with_attributes: bool,
+    file: Any, row: int, image: dict[str, Any], find_image: FindImage, with_attributes: bool
 ) -> Record:
     first, last = int(file["img_to_first_box"][row]), int(file["img_to_last_box"][row])
     centres_and_sizes = file[f"boxes_{BOX_SCALE}"][first : last + 1].astype(np.float64)
@@ -165,8 +186,8 @@ def _relations(file: Any, row: int, first_object: int) -> list[dict[str, int]]:
     first, last = int(file["img_to_first_rel"][row]), int(file["img_to_last_rel"][row])
     if first < 0:
         return []
-    ends = file["relationships"][first : last + 1] - first_object
-    predicates = file["predicates"][first : last + 1, 0] - 1
+    ends = file["relationships"][first : last + 1].astype(np.int64) - first_object
+    predicates = file["predicates"][first : last + 1, 0].astype(np.int64) - 1
     return [
         {"subject": int(subject), "object": int(object_), "predicate": int(predicate)}
         for (subject, object_), predicate in zip(ends, predicates, strict=True)
@@ -182,26 +203,27 @@ def _find_file(folder: Path, pattern: str) -> Path:
     found = sorted(folder.glob(pattern))
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
-        raise ValueError(f"{folder} must hold one file {pattern}, found {names}.")
+        raise ValueError(
+            f"{folder} must hold one file {pattern}, found {names}; name the HDF5 file itself."
+        )
     return found[0]
 
 
-def _image_finder(
-    folder: Path, images: Sequence[str | Path] | None
-) -> Callable[[int], dict[str, Any]]:
+def _find_dictionaries(annotations: Path) -> Path:
+    """Of several dictionaries, those named like the HDF5 file belong to it."""
+    alike = annotations.with_name(f"{annotations.stem.replace('VG-SGG', 'VG-SGG-dicts')}.json")
+    return alike if alike.is_file() else _find_file(annotations.parent, "*dicts*.json")
+
+
+def _image_finder(folder: Path, images: Sequence[str | Path] | None) -> FindImage:
     """Return a function from image id to the image entry of a record."""
     if images is None:
-        names = (
-            "VG_100K",
-            "VG_100K_2",
-            "VG_100K.zip",
-            "VG_100K_2.zip",
-            "images.zip",
-            "images2.zip",
-        )
-        images = [folder / name for name in names if (folder / name).exists()]
+        images = [folder / name for name in IMAGE_PLACES if (folder / name).exists()]
+    for path in images:
+        if not (Path(path).is_dir() or zipfile.is_zipfile(path)):
+            raise ValueError(f"The images {path} must be a folder or a zip file.")
     folders = [Path(path) for path in images if Path(path).is_dir()]
-    archives = [zipfile.ZipFile(path) for path in images if Path(path).suffix == ".zip"]
+    archives = [zipfile.ZipFile(path) for path in images if not Path(path).is_dir()]
     members = {
         Path(name).name: (archive, name)
         for archive in reversed(archives)
