@@ -23,8 +23,9 @@ from dense_pair_head import DensePairHead
 from sgtr_hf import SgtrForSceneGraphGeneration
 from sgtr_hf.data.training_dataset import Collator, SceneGraphDataset, load_split
 from sgtr_hf.metrics.frequency_baseline import FrequencyBaseline
-from sgtr_hf.metrics.recall import SceneGraphRecall, distinct_triplets
-from sgtr_hf.training.evaluation import Evaluator, evaluate
+from sgtr_hf.metrics.recall import SceneGraphRecall
+from sgtr_hf.metrics.training_triplets import TrainingTriplets, count_training_triplets
+from sgtr_hf.training.evaluation import UNCONSTRAINED, Evaluator, evaluate
 
 
 PLACE_PREDICATES = ("left of", "right of", "in front of", "behind")
@@ -38,9 +39,9 @@ NUM_TIMED = 30
 class RecordingEvaluator(Evaluator):
     """Also measures the recall of triplets that training has never seen."""
 
-    def __init__(self, seen_triplets: Any, *arguments: Any) -> None:
+    def __init__(self, seen_triplets: TrainingTriplets, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.zero_shot = SceneGraphRecall(seen_triplets=seen_triplets)
+        self.zero_shot = SceneGraphRecall(protocol=UNCONSTRAINED, seen_triplets=seen_triplets)
 
     def update(self, outputs: Any, references: list[Any]) -> None:
         """Add a batch."""
@@ -64,11 +65,12 @@ def measure(path: str, dataset: SceneGraphDataset, train: SceneGraphDataset) -> 
     references = train.references()
     sizes = (len(train.id2label), len(train.id2predicate))
     baseline = FrequencyBaseline(*sizes).fit(references)
+    seen_triplets = count_training_triplets(references)
     row: dict[str, float] = {}
     modes = ["sgdet"] if isinstance(model, DensePairHead) else ["sgdet", "sgcls", "predcls"]
     for mode in modes:
         names = (dataset.id2label, dataset.id2predicate)
-        evaluator = RecordingEvaluator(distinct_triplets(references), processor, *names, baseline)
+        evaluator = RecordingEvaluator(seen_triplets, processor, *names, baseline)
         loader = DataLoader(dataset, batch_size=16, collate_fn=Collator(processor))
         evaluate(model, loader, evaluator, mode)
         figures = evaluator.compute()

@@ -275,6 +275,8 @@ class SceneGraph:
         array: NDArray[Any] = np.array(getattr(self, name), dtype=kind)
         if len(array) != length:
             raise ValueError(f"`{name}` must have {length} rows, got {len(array)}.")
+        if not np.isfinite(array).all():
+            raise ValueError(f"`{name}` must be finite, got NaN or infinity; check the model.")
         array.flags.writeable = False
         object.__setattr__(self, name, array)
 

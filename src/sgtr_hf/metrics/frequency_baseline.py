@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..scene_graph import SceneGraph
-from .triplet_matching import IntArray
+from .entity_overlap import IntArray
 
 
 FloatArray = NDArray[np.float64]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -12,13 +13,17 @@ from transformers import PreTrainedModel
 
 from ..data.training_dataset import SceneGraphDataset
 from ..metrics.detection import DetectionAccuracy
+from ..metrics.detector_ceiling import DetectorCeiling
+from ..metrics.evaluation_protocols import STRICT
 from ..metrics.frequency_baseline import FrequencyBaseline
-from ..metrics.recall import DetectorCeiling, SceneGraphRecall
+from ..metrics.recall import Measured, SceneGraphRecall
 from ..scene_graph import SceneGraph
 
 
 # The tasks of the field: what of the entities the model must find itself.
 Mode = Literal["sgdet", "sgcls", "predcls"]
+# Strict in everything but the graph constraint: pairs may say several predicates.
+UNCONSTRAINED = replace(STRICT, name="unconstrained", graph_constraint="none")
 # What is measured, and how a table names it.
 RECALLS = {
     "model": "model",
@@ -27,6 +32,7 @@ RECALLS = {
     "baseline_unconstrained": "frequency baseline",
     "baseline_true_entities": "frequency baseline, true entities",
 }
+_UNCONSTRAINED_RECALLS = ("model", "baseline_unconstrained")
 
 
 class _Metric(Protocol):
@@ -61,7 +67,14 @@ class Evaluator:
         self.baseline = baseline
         self.top_k = top_k
         self.detection = DetectionAccuracy(id2label)
-        self.recalls = {name: SceneGraphRecall(id2predicate=id2predicate) for name in RECALLS}
+        self.recalls = {
+            name: SceneGraphRecall(
+                protocol=UNCONSTRAINED if name in _UNCONSTRAINED_RECALLS else STRICT,
+                id2predicate=id2predicate,
+                measured=Measured(no_constraint=False),
+            )
+            for name in RECALLS
+        }
         self.ceiling = DetectorCeiling(id2predicate=id2predicate)
 
     def update(self, outputs: Any, references: list[SceneGraph]) -> None:
