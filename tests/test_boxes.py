@@ -38,11 +38,6 @@ def test_empty_boxes_give_numbers_and_gradients():
     assert torch.isfinite(boxes.grad).all()
 
 
-def test_the_legacy_offset_widens_boxes():
-    corners = box_cxcywh_to_xyxy(torch.tensor([0.5, 0.5, 0.2, 0.4]), offset=0.001)
-    torch.testing.assert_close(corners, torch.tensor([0.4, 0.3, 0.601, 0.701]))
-
-
 def test_scaling_knows_height_from_width():
     boxes = torch.tensor([[[0.5, 0.5, 1.0, 1.0]]])
     scaled = scale_boxes(boxes, torch.tensor([[10, 40]]))

@@ -5,13 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel
 
 import sgtr_hf.cli
 from recorded_weights import make_batch, recorded_checkpoint
-from sgtr_hf import SgtrDetrForObjectDetection, SgtrForSceneGraphGeneration
-from sgtr_hf.hub.checkpoint_conversion import convert_checkpoint, convert_file, read_checkpoint
+from sgtr_hf import (
+    DinoVitImageProcessor,
+    SgtrDetrForObjectDetection,
+    SgtrForSceneGraphGeneration,
+)
+from sgtr_hf.hub.checkpoint_conversion import convert_checkpoint, convert_file
+from sgtr_hf.hub.checkpoint_reading import public_vocabulary, read_checkpoint
 
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -106,6 +112,23 @@ def test_open_images_heads_have_background_first(sgtr_weights):
         convert_checkpoint(weights, "sgtr-vg150")
 
 
+def test_the_releases_are_told_apart_without_class_weights(sgtr_weights):
+    weights = {
+        name: tensor for name, tensor in sgtr_weights.items() if not name.endswith("empty_weight")
+    }
+    with pytest.raises(ValueError, match="predicate head has no background"):
+        convert_checkpoint(weights, "sgtr-openimages")
+
+
+def test_open_images_has_its_public_names():
+    names = public_vocabulary("open_images", 601, 30)
+    assert [names.labels[index] for index in (0, 68, 600)] == ["Tortoise", "Person", "Helmet"]
+    # The most frequent predicates, as SGTR numbers them from 1.
+    head = [names.predicates[index - 1] for index in (1, 2, 3, 8, 9, 17, 29)]
+    assert head == ["at", "holds", "wears", "on", "ride", "contain", "plays"]
+    assert public_vocabulary("open_images", 600, 31) == (None, None)
+
+
 def test_a_detector_alone_starts_the_indicators(sgtr_weights):
     prefixes = ("backbone.", "transformer.", "input_proj.", "query_embed.", "class_embed.")
     weights = {
@@ -125,6 +148,39 @@ def test_a_detector_alone_starts_the_indicators(sgtr_weights):
         head = getattr(model, f"{role}_box_head").state_dict()
         for name, tensor in model.model.detector.model.decoder.box_head.state_dict().items():
             assert tensor.equal(head[name])
+
+
+def test_a_dilated_backbone_equals_that_of_torchvision(detr_weights):
+    entries = {"model": detr_weights, "args": argparse.Namespace(dilation=True)}
+    model = convert_checkpoint(entries, "detr").model.eval()
+    witness = torchvision.models.resnet50(replace_stride_with_dilation=[False, False, True])
+    prefix = "backbone.0.body."
+    body = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in detr_weights.items()
+        if name.startswith(prefix)
+    }
+    assert all(name.startswith("fc.") for name in witness.load_state_dict(body, strict=False)[0])
+    images = torch.randn(1, 3, 64, 96)
+    stages = torchvision.models._utils.IntermediateLayerGetter(witness.eval(), {"layer4": "last"})
+    with torch.no_grad():
+        (found,) = model.model.backbone(images).feature_maps
+        assert_recorded(found, stages(images)["last"], "features")
+    assert found.shape[-2:] == (4, 6)
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {name.split(".")[3] for name in names if "backbone" in name}
+    assert trained == {"layer2", "layer3", "layer4"}
+
+
+def test_a_dilated_backbone_must_be_told(tmp_path, detr_weights):
+    path = tmp_path / "detr-r50-dc5.pth"
+    torch.save({"model": detr_weights}, path)
+    with pytest.raises(ValueError, match="say `--dc5` or `--no-dc5`"):
+        convert_file(path, tmp_path / "model", "detr")
+    arguments = ["convert-checkpoint", str(path), str(tmp_path / "model"), "--format", "detr"]
+    assert sgtr_hf.cli.main([*arguments, "--dc5"]) == 0
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["backbone_config"]["output_stride"] == 16
 
 
 def test_an_unknown_weight_is_never_lost_in_silence(detr_weights):
@@ -149,8 +205,23 @@ def test_files_of_another_format_are_recognised(detr_weights, sgtr_weights):
         convert_checkpoint(sgtr_weights, "detr")
     with pytest.raises(ValueError, match="none of the known formats"):
         convert_checkpoint({"weight": torch.zeros(1)}, "dino")
+    with pytest.raises(ValueError, match="holds no tensors"):
+        convert_checkpoint({"epoch": 3}, "dino")
+    for name, words in (
+        ("detr.backbone.0.body.conv1.weight", "DETR with masks"),
+        ("model.backbone.conv_encoder.model.conv1.weight", "a model of transformers"),
+        ("layer1.0.conv1.weight", "convolutional network"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            convert_checkpoint({name: torch.zeros(1)}, "detr")
     with pytest.raises(ValueError, match="`format` must be one of detr, dino"):
         convert_checkpoint({}, "yolo")
+
+
+def test_options_of_another_format_are_rejected(sgtr_weights):
+    for options in ({"dilated": True}, {"network": "student"}, {"backbone": sgtr_weights}):
+        with pytest.raises(ValueError, match="not of `sgtr-vg150`"):
+            convert_checkpoint(sgtr_weights, "sgtr-vg150", **options)
 
 
 def test_aliases_that_differ_are_an_error(sgtr_weights):
@@ -159,36 +230,50 @@ def test_aliases_that_differ_are_an_error(sgtr_weights):
         convert_checkpoint(sgtr_weights | {"sub_class_embed.1.weight": other}, "sgtr-vg150")
 
 
-WIDTH, HIDDEN = 64, 128
+WIDTH = 64
 
 
-def dino_weights(layers=2):
+def dino_weights(layers=2, width=WIDTH, patch_size=8, patches=16):
     def draw(*shape):
         return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
+    hidden = 2 * width
     weights = {
-        "cls_token": draw(1, 1, WIDTH),
-        "pos_embed": draw(1, 1 + 16, WIDTH),
-        "patch_embed.proj.weight": draw(WIDTH, 3, 8, 8),
-        "patch_embed.proj.bias": draw(WIDTH),
-        "norm.weight": draw(WIDTH),
-        "norm.bias": draw(WIDTH),
+        "cls_token": draw(1, 1, width),
+        "pos_embed": draw(1, 1 + patches, width),
+        "patch_embed.proj.weight": draw(width, 3, patch_size, patch_size),
+        "patch_embed.proj.bias": draw(width),
+        "norm.weight": draw(width),
+        "norm.bias": draw(width),
     }
     for layer in range(layers):
         for name, shape in (
-            ("norm1.weight", (WIDTH,)), ("norm1.bias", (WIDTH,)),
-            ("norm2.weight", (WIDTH,)), ("norm2.bias", (WIDTH,)),
-            ("attn.qkv.weight", (3 * WIDTH, WIDTH)), ("attn.qkv.bias", (3 * WIDTH,)),
-            ("attn.proj.weight", (WIDTH, WIDTH)), ("attn.proj.bias", (WIDTH,)),
-            ("mlp.fc1.weight", (HIDDEN, WIDTH)), ("mlp.fc1.bias", (HIDDEN,)),
-            ("mlp.fc2.weight", (WIDTH, HIDDEN)), ("mlp.fc2.bias", (WIDTH,)),
+            ("norm1.weight", (width,)), ("norm1.bias", (width,)),
+            ("norm2.weight", (width,)), ("norm2.bias", (width,)),
+            ("attn.qkv.weight", (3 * width, width)), ("attn.qkv.bias", (3 * width,)),
+            ("attn.proj.weight", (width, width)), ("attn.proj.bias", (width,)),
+            ("mlp.fc1.weight", (hidden, width)), ("mlp.fc1.bias", (hidden,)),
+            ("mlp.fc2.weight", (width, hidden)), ("mlp.fc2.bias", (width,)),
         ):  # fmt: skip
             weights[f"blocks.{layer}.{name}"] = draw(*shape)
     return weights
 
 
+@pytest.mark.parametrize(("width", "heads"), [(192, 3), (384, 6), (768, 12)], ids=list("TSB"))
+@pytest.mark.parametrize(("patch_size", "patches"), [(8, 784), (16, 196)])
+def test_vision_transformers_of_all_sizes(width, heads, patch_size, patches):
+    weights = dino_weights(1, width, patch_size, patches)
+    config = convert_checkpoint(weights, "dino").model.config
+    assert (config.num_attention_heads, config.patch_size) == (heads, patch_size)
+    assert (config.image_size, config.feed_forward_dim) == (224, 2 * width)
+
+
 def test_full_dino_checkpoints_hold_two_networks():
-    head = {"head.last_layer.weight_v": torch.zeros(2, 2)}
+    head = {
+        "head.mlp.0.weight": torch.zeros(2, WIDTH),
+        "head.last_layer.weight_g": torch.zeros(2, 1),
+        "head.last_layer.weight_v": torch.zeros(2, 2),
+    }
     teacher = {f"backbone.{name}": tensor for name, tensor in dino_weights().items()} | head
     student = {f"module.{name}": tensor + 1 for name, tensor in teacher.items()}
     entries = {"teacher": teacher, "student": student, "epoch": 3, "args": argparse.Namespace()}
@@ -196,7 +281,9 @@ def test_full_dino_checkpoints_hold_two_networks():
         model, _, report = convert_checkpoint(entries, "dino", network=network)
         expected = dino_weights()["cls_token"] + shift
         assert model.embedding.class_token.equal(expected)
-        assert report.unused == 1
+        assert report[:3] == (30, 3, 38)
+    with pytest.raises(ValueError, match="one network alone"):
+        convert_checkpoint(dino_weights(), "dino", network="student")
     assert (model.config.image_size, model.config.patch_size) == (32, 8)
 
 
@@ -274,12 +361,26 @@ def test_broken_files_leave_nothing_behind(tmp_path, capfd):
         read_checkpoint(whole)
 
 
+def test_a_failure_while_writing_leaves_nothing_behind(tmp_path, monkeypatch):
+    path = tmp_path / "dino.pth"
+    torch.save(dino_weights(), path)
+
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(DinoVitImageProcessor, "save_pretrained", fail)
+    with pytest.raises(OSError, match="no space"):
+        convert_file(path, tmp_path / "model", "dino")
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_the_command_converts_and_reports(tmp_path, capsys):
     path = tmp_path / "dino.pth"
     torch.save(dino_weights(), path)
     arguments = ["convert-checkpoint", str(path), str(tmp_path / "model"), "--format"]
     assert sgtr_hf.cli.main([*arguments, "dino"]) == 0
-    assert "tensors of the file used" in capsys.readouterr().out
+    counts = "30 tensors of the file used, 0 known to have no use, 38 tensors of the model filled"
+    assert counts in capsys.readouterr().out
     arguments[2] = str(tmp_path / "other")
     assert sgtr_hf.cli.main([*arguments, "detr"]) == 2
     assert "looks like `dino`" in capsys.readouterr().err

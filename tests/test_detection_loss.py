@@ -197,18 +197,6 @@ def test_images_without_entities_have_no_box_loss():
     assert losses["loss_class"] > 0
 
 
-def test_legacy_auxiliary_losses_lose_their_weights():
-    weights = {"class_loss_weight": 3.0, "box_loss_weight": 5.0, "giou_loss_weight": 2.0}
-    config = make_config(**weights)
-    predictions, annotations = make_predictions(config), make_annotations([3, 0, 5])
-    clean = compute_losses(config, *predictions, annotations)
-    legacy_config = make_config(**weights, legacy_unweighted_auxiliary_losses=True)
-    legacy = compute_losses(legacy_config, *predictions, annotations)
-    for name, weight in (("class", 3.0), ("box", 5.0), ("giou", 2.0)):
-        torch.testing.assert_close(legacy[f"loss_{name}"], clean[f"loss_{name}"])
-        torch.testing.assert_close(legacy[f"loss_{name}_1"] * weight, clean[f"loss_{name}_1"])
-
-
 def test_half_precision_outputs_give_float32_losses():
     config = make_config("focal")
     logits, boxes = make_predictions(config)

@@ -198,22 +198,3 @@ def test_wrong_annotations_name_the_image(change, words):
 def test_counts_must_agree():
     with pytest.raises(ValueError, match="2 images"):
         SgtrImageProcessor()([make_picture()] * 2, annotations=[ANNOTATION])
-
-
-@pytest.mark.parametrize("kind", [SgtrImageProcessor, SgtrImageProcessorPil])
-@pytest.mark.parametrize(
-    ("shape", "expected", "rounded"),
-    [
-        # 640 * 600 / 425 = 903.5
-        ((425, 640), (600, 903), (600, 904)),
-        # The longest side decides: 300 * 1000 / 700 = 428.6
-        ((300, 700), (429, 1000), (429, 1000)),
-    ],
-)
-def test_sides_are_rounded_as_the_originals_do(kind, shape, expected, rounded):
-    picture = np.zeros((*shape, 3), dtype=np.uint8)
-    size = {"shortest_edge": 600, "longest_edge": 1000}
-    for legacy, sides in ((False, expected), (True, rounded)):
-        processor = kind(size=size, legacy_round_sides=legacy)
-        found = processor(images=picture, return_tensors="pt")["pixel_values"].shape[-2:]
-        assert tuple(found) == sides

@@ -28,7 +28,10 @@ VARIANTS = {
             "entity_box_embedding": False,
             "legacy_pixel_distance": True,
             "legacy_triplet_matching": True,
+            "legacy_conflict_row": True,
+            "legacy_softmax_cost": True,
             "legacy_focal_normalization": True,
+            "legacy_unweighted_auxiliary_predicates": True,
         },
     ),
     "static queries, last level only": ({}, {"dynamic_queries": False, "auxiliary_loss": False}),
@@ -188,18 +191,3 @@ def test_assembling_finds_the_entity_that_the_indicator_describes():
     assert scores.argmax(-1)[0].tolist() == wanted.tolist()
     # One entity at the very place, with the very class: confidence alone is left.
     assert scores[0, 0, 2].item() == pytest.approx(0.9**config.assembling_exponent, rel=1e-5)
-
-
-def test_assembling_depends_on_pixels_only_as_released():
-    torch.manual_seed(0)
-    boxes = torch.rand(1, 5, 4) * 0.4 + 0.2
-    probabilities = torch.rand(1, 5, 3)
-    indicator = (boxes[..., :2] + 0.05, probabilities.flip(1), boxes)
-    small, large = torch.tensor([[100, 100]]), torch.tensor([[1000, 1000]])
-    for legacy in (False, True):
-        config = small_config(legacy_pixel_distance=legacy)
-        first, second = (
-            assembling_scores(config, indicator, (probabilities, boxes), size)
-            for size in (small, large)
-        )
-        assert torch.equal(first, second) is not legacy

@@ -13,7 +13,7 @@ from recorded_weights import make_batch, recorded_checkpoint
 from sgtr_hf import SgtrConfig
 from sgtr_hf.boxes import box_xyxy_to_cxcywh
 from sgtr_hf.hub.checkpoint_conversion import convert_checkpoint
-from sgtr_hf.losses.hungarian_matching import pad_annotations
+from sgtr_hf.losses.hungarian_matching import assign, entity_matching_costs, pad_annotations
 from sgtr_hf.modeling.graph_assembling import assembling_scores
 from sgtr_hf.post_processing import LegacyRules, find_scene_graphs
 from triplet_matching_reference import match_triplets
@@ -31,7 +31,12 @@ HEADS = {
     "object_logits": "pred_rel_obj_logits",
     "object_boxes": "pred_rel_obj_box",
 }
-LEVELS = {"output": -1, "aux.0": 0, "aux.4": 4}
+ENTITIES_AND_LINKS = {
+    "logits": "pred_logits",
+    "pred_boxes": "pred_boxes",
+    "subject_scores": "sub_ent_indexing_rule",
+    "object_scores": "obj_ent_indexing_rule",
+}
 
 
 @pytest.fixture(scope="module")
@@ -68,32 +73,91 @@ def detection_labels(recorded):
     ]
 
 
+def assert_same_losses(found, expected):
+    """Every loss, and no other, within the tolerance."""
+    assert found.keys() == expected.keys()
+    for name, loss in found.items():
+        assert loss.item() == pytest.approx(expected[name], rel=TOLERANCE), name
+
+
+def by_relation(recorded, record, image, count):
+    """Recorded pairs of query and annotation as the query of each annotation, -1 for none."""
+    queries = torch.full((count,), -1)
+    queries[recorded[f"{record}.{image}.target"]] = recorded[f"{record}.{image}.query"]
+    return queries
+
+
 @BACKENDS
 @pytest.mark.parametrize("name", ["detr_resnet50", "detr_resnet101"])
 def test_detr(folder, name, backend):
     recorded = load_file(folder / f"{name}.safetensors")
     expected = json.loads((folder / f"{name}.losses.json").read_text())
-    model, processor, _ = load_model(folder, name, "detr", backend)
+    model, processor, report = load_model(folder, name, "detr", backend)
+    assert report.new == ()
     batch = make_batch(
         recorded, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], bgr=False, scale=1 / 255
     )
     with torch.no_grad():
-        levels = model.read_levels(model.model(*batch, all_levels=True))
-        # The first image is the larger one, which the batch does not pad.
-        alone = model(*(tensor[:1] for tensor in batch))
         output = model(*batch, labels=detection_labels(recorded))
-    for prefix, level in LEVELS.items():
-        assert_equal(levels.logits[level], recorded[f"{prefix}.pred_logits"], f"{prefix} logits")
-        assert_equal(levels.boxes[level], recorded[f"{prefix}.pred_boxes"], f"{prefix} boxes")
-    assert_equal(alone.logits, recorded["output.pred_logits"][:1], "logits alone")
-    assert output.loss.item() == pytest.approx(expected["total"], rel=TOLERANCE)
-    found = processor.post_process_object_detection(
-        output, threshold=0.0, target_sizes=[recorded[f"image.{i}"].shape[:2] for i in (0, 1)]
+        # The first image is the larger one, which the batch does not pad.
+        alone = [model(batch[0][:1]), model(batch[0][:1], batch[1][:1])]
+    levels = {"output": output, "aux.0": output.auxiliary_outputs[0]}
+    levels["aux.4"] = output.auxiliary_outputs[4]
+    for prefix, level in levels.items():
+        assert_equal(level["logits"], recorded[f"{prefix}.pred_logits"], f"{prefix} logits")
+        assert_equal(level["pred_boxes"], recorded[f"{prefix}.pred_boxes"], f"{prefix} boxes")
+    for single in alone:
+        assert_equal(single.logits, recorded["output.pred_logits"][:1], "logits alone")
+        assert_equal(single.pred_boxes, recorded["output.pred_boxes"][:1], "boxes alone")
+    weights = {"class": ("ce", 1), "box": ("bbox", 5), "giou": ("giou", 2)}
+    assert_same_losses(
+        output.loss_dict,
+        {
+            f"loss_{ours}{suffix}": weight * expected["losses"][f"loss_{original}{suffix}"]
+            for ours, (original, weight) in weights.items()
+            for suffix in ("", "_0", "_1", "_2", "_3", "_4")
+        },
     )
+    assert output.loss.item() == pytest.approx(expected["total"], rel=TOLERANCE)
+    assert_same_detections(output, processor, recorded)
+    assert_same_matching(model.config, output, recorded)
+
+
+def assert_same_matching(config, output, recorded):
+    """The recorded outputs give the recorded matches, ours give some that cost as much.
+
+    With these weights all queries are nearly one, so that a last bit decides between them.
+    """
+    annotations = pad_annotations(detection_labels(recorded), "cpu", num_classes=91)
+    recorded_costs, costs = (
+        entity_matching_costs(config, logits[None], boxes[None], annotations)
+        for logits, boxes in (
+            (recorded["output.pred_logits"], recorded["output.pred_boxes"]),
+            (output.logits, output.pred_boxes),
+        )
+    )
+    matches = assign(recorded_costs, annotations.valid)[0]
+    ours = assign(costs, annotations.valid)[0]
+    for image in (0, 1):
+        count = len(recorded[f"target.{image}.labels"])
+        queries = by_relation(recorded, "match", image, count)
+        assert torch.equal(matches[image, :count], queries)
+        table = recorded_costs[0, image, :, :count]
+        least = table.gather(0, queries[None]).sum().item()
+        found = table.gather(0, ours[image, None, :count]).sum().item()
+        assert found == pytest.approx(least, rel=TOLERANCE)
+
+
+def assert_same_detections(output, processor, recorded):
+    sizes = [recorded[f"image.{image}"].shape[:2] for image in (0, 1)]
+    found = processor.post_process_object_detection(output, threshold=0.0, target_sizes=sizes)
     for image in (0, 1):
         # The original returns queries in their order, this package the best first.
-        order = recorded[f"post.{image}.scores"].argsort(descending=True, stable=True)
-        assert_equal(found[image]["scores"], recorded[f"post.{image}.scores"][order], "scores")
+        probabilities = output.entity_probabilities[image]
+        order = probabilities.amax(-1).argsort(descending=True, stable=True)
+        for entry in ("scores", "labels", "boxes"):
+            value = recorded[f"post.{image}.{entry}"][order]
+            assert_equal(found[image][entry].float(), value.float(), entry)
 
 
 def scene_graph_labels(recorded):
@@ -111,6 +175,26 @@ def scene_graph_labels(recorded):
     return labels
 
 
+def original_loss_names():
+    """Our names, and those that the original gives the same losses, of all levels."""
+    names = {}
+    for suffix in ("", "_0", "_1", "_2", "_3", "_4"):
+        for ours, original in (("class", "ce"), ("box", "bbox"), ("giou", "giou")):
+            names[f"loss_{ours}{suffix}_of_entities"] = f"loss_{original}{suffix}"
+
+    def add(ours, original):
+        names[ours] = original
+        for level in range(5):
+            names[f"{ours}_{level}"] = f"aux_{original}/layer{level}"
+
+    add("loss_relation_vector", "loss_rel_vector")
+    for role, short in (("subject", "sub"), ("object", "obj")):
+        add(f"loss_{role}_box", f"loss_aux_{short}_entities_boxes")
+        add(f"loss_{role}_giou", f"loss_aux_{short}_entities_boxes_giou")
+        add(f"loss_{role}_class", f"loss_aux_{short}_entities_labels_ce")
+    return names, add
+
+
 @BACKENDS
 @pytest.mark.parametrize(
     ("name", "file_format"), [("sgtr_vg", "sgtr-vg150"), ("sgtr_oiv6", "sgtr-openimages")]
@@ -118,46 +202,52 @@ def scene_graph_labels(recorded):
 def test_sgtr(folder, name, file_format, backend):
     recorded = load_file(folder / f"{name}.safetensors")
     expected = json.loads((folder / f"{name}.losses.json").read_text())["losses"]
+    model, _, report = load_model(folder, name, file_format, backend)
+    assert report.new == ()
+    batch = make_batch(recorded, [103.53, 116.28, 123.675], [1.0, 1.0, 1.0], bgr=True, scale=1.0)
+    with torch.no_grad():
+        output = model(*batch, labels=scene_graph_labels(recorded))
+        alone = [model(batch[0][:1]), model(batch[0][:1], batch[1][:1])]
+    for prefix, level in (("aux.0", 0), ("aux.4", 4)):
+        for ours, original in HEADS.items():
+            found = output.auxiliary_outputs[level][ours]
+            assert_equal(found, recorded[f"{prefix}.{original}"], (prefix, ours))
+    for ours, original in (HEADS | ENTITIES_AND_LINKS).items():
+        assert_equal(output[ours], recorded[f"output.{original}"], ours)
+        for single in alone:
+            assert_equal(single[ours], recorded[f"output.{original}"][:1], f"{ours} alone")
+    names, add = original_loss_names()
+    add("loss_predicate", "loss_rel_focal" if name == "sgtr_vg" else "loss_rel_ce")
+    assert set(names.values()) == set(expected)
+    assert_same_losses(output.loss_dict, {ours: expected[name] for ours, name in names.items()})
+
+
+@BACKENDS
+@pytest.mark.parametrize(
+    ("name", "file_format"), [("sgtr_vg", "sgtr-vg150"), ("sgtr_oiv6", "sgtr-openimages")]
+)
+def test_matches_of_all_levels(folder, name, file_format, backend):
+    recorded = load_file(folder / f"{name}.safetensors")
     model = load_model(folder, name, file_format, backend).model
     batch = make_batch(recorded, [103.53, 116.28, 123.675], [1.0, 1.0, 1.0], bgr=True, scale=1.0)
-    labels = scene_graph_labels(recorded)
     annotations = pad_annotations(
-        labels, "cpu", num_classes=model.config.num_labels,
+        scene_graph_labels(recorded),
+        "cpu",
+        num_classes=model.config.num_labels,
         num_predicates=model.config.num_predicates,
-    )  # fmt: skip
+    )
+    sizes = torch.tensor([recorded[f"image.{image}"].shape[:2] for image in (0, 1)])
     with torch.no_grad():
         nodes = model.model(*batch, annotations)
-        entities = model.model.detector.read_levels(nodes.detector)
-        sizes = torch.tensor([recorded[f"image.{image}"].shape[:2] for image in (0, 1)])
         triplets = model.read_levels(nodes, nodes.triplets, sizes, all_levels=True)
-        matches = match_triplets(
-            model.config, triplets, entities.logits[-1], entities.boxes[-1], annotations
-        )
-        losses = model.losses(nodes, entities, triplets, annotations)
-        alone = model(*(tensor[:1] for tensor in batch))
-    for prefix, level in LEVELS.items():
-        for ours, original in HEADS.items():
-            assert_equal(
-                getattr(triplets, ours)[level], recorded[f"{prefix}.{original}"], (prefix, ours)
-            )
-    for role in ("subject", "object"):
-        found = getattr(triplets, f"{role}_scores")[-1]
-        assert_equal(found, recorded[f"output.{role[:3]}_ent_indexing_rule"], f"{role} scores")
-    assert_equal(entities.logits[-1], recorded["output.pred_logits"], "entity logits")
-    assert_equal(entities.boxes[-1], recorded["output.pred_boxes"], "entity boxes")
-    assert_equal(alone.predicate_logits, recorded["output.pred_rel_logits"][:1], "alone")
+        entities = (nodes.entity_levels.logits[-1], nodes.entity_levels.boxes[-1])
+        matches = match_triplets(model.config, triplets, *entities, annotations)
     # Recorded in the order of the losses: the last level, then the earlier ones.
     for record, level in enumerate([-1, 0, 1, 2, 3, 4]):
         for image in (0, 1):
-            queries = torch.full((annotations.relation_valid.shape[1],), -1)
-            queries[recorded[f"match.{record}.{image}.target"]] = recorded[
-                f"match.{record}.{image}.query"
-            ]
-            assert torch.equal(matches[level, image], queries), (record, image)
-    total = sum(losses.values()).item()
-    names = [name for name in expected if name.startswith(("loss_", "aux_loss_"))]
-    assert total == pytest.approx(sum(expected[name] for name in names), rel=TOLERANCE)
-    assert len(losses) == len(names)
+            count = len(recorded[f"target.{image}.relations"])
+            queries = by_relation(recorded, f"match.{record}", image, count)
+            assert torch.equal(matches[level, image, :count], queries), (record, image)
 
 
 @pytest.mark.parametrize("name", ["vg", "oiv6"])
@@ -187,7 +277,7 @@ def test_kept_triplets(folder, name):
             config, indicator, entity, recorded["target_sizes"]
         )
         assert_equal(outputs[f"{role}_scores"], recorded[f"assembling.{role}_score"], role)
-    rules = LegacyRules(1e-3, True, True, name == "oiv6")
+    rules = LegacyRules(1e-3, True, True, True, single_predicate=name == "oiv6")
     (graph,) = find_scene_graphs(outputs, recorded["target_sizes"], top_k=300, legacy=rules)
     boxes = recorded["entities.boxes"].numpy()
     scores = recorded["triplets.rel_trp_score"].numpy()

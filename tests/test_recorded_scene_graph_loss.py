@@ -22,8 +22,13 @@ from triplet_matching_reference import match_triplets
 FIXTURES = Path(__file__).parent / "fixtures"
 LEGACY = {
     "legacy_triplet_matching": True,
-    "legacy_focal_normalization": True,
+    "legacy_conflict_row": True,
     "legacy_pixel_distance": True,
+}
+VISUAL_GENOME = {
+    "legacy_softmax_cost": True,
+    "legacy_focal_normalization": True,
+    "legacy_unweighted_auxiliary_predicates": True,
 }
 LEGACY_DETECTOR = {"legacy_box_offset": 0.001, "legacy_unweighted_auxiliary_losses": True}
 OPEN_IMAGES = {
@@ -47,7 +52,7 @@ def released_config(name):
         num_labels=num_classes,
         id2predicate={index: str(index) for index in range(num_predicates)},
         **LEGACY,
-        **(OPEN_IMAGES if name == "oiv6" else {}),
+        **(OPEN_IMAGES if name == "oiv6" else VISUAL_GENOME),
     )
 
 

@@ -9,7 +9,6 @@ from torch.nn.functional import cross_entropy
 
 from sgtr_hf.boxes import box_cxcywh_to_xyxy, generalized_box_iou
 from sgtr_hf.configuration.configuration_sgtr import SgtrConfig
-from sgtr_hf.losses import triplet_matching_costs as costs_module
 from sgtr_hf.losses.detection_loss import focal_loss
 from sgtr_hf.losses.hungarian_matching import pad_annotations
 from sgtr_hf.losses.scene_graph_loss import TripletAssignment, scene_graph_losses
@@ -22,7 +21,10 @@ FIXTURES = Path(__file__).parent / "fixtures"
 NUM_CLASSES, NUM_PREDICATES = 4, 3
 LEGACY = {
     "legacy_triplet_matching": True,
+    "legacy_conflict_row": True,
+    "legacy_softmax_cost": True,
     "legacy_focal_normalization": True,
+    "legacy_unweighted_auxiliary_predicates": True,
     "legacy_pixel_distance": True,
 }
 LEGACY_DETECTOR = {"legacy_box_offset": 0.001, "legacy_unweighted_auxiliary_losses": True}
@@ -229,23 +231,6 @@ def test_outputs_that_are_not_finite_are_refused(legacy):
         match_triplets(config, predictions, *entity, pad(make_labels([2, 0, 3])))
 
 
-def test_legacy_conflict_reads_the_row_with_the_number_of_the_query():
-    # Six rows, two a query. Rows 2 and 3, of query 1, win the relations 0 and 1; relation 0 fits
-    # better there (0.1 against 0.2), but row 1 says relation 1 (0.8 against 0.9).
-    costs = np.array([[9, 9], [0.9, 0.8], [0.1, 9], [9, 0.2], [9, 9], [9, 9]])
-    assert costs_module._match_rows(costs, 2).tolist() == [-1, 1]
-    costs[1] = [0.8, 0.9]
-    assert costs_module._match_rows(costs, 2).tolist() == [1, -1]
-
-
-def test_legacy_matching_looks_at_a_limited_number_of_rows(monkeypatch):
-    # Relation 1 fits row 0 only at a high cost; a range of two rows gives it the dear row 2.
-    costs = np.array([[5.0, 6.0], [0.1, 9.0], [0.2, 9.0]])
-    assert costs_module._match_rows(costs, 1).tolist() == [1, 0]
-    monkeypatch.setattr(costs_module, "LEGACY_MATCHING_RANGE", 2)
-    assert costs_module._match_rows(costs, 1).tolist() == [1, 2] or [2, 1]
-
-
 def random_matches(annotations, levels=2):
     count = annotations.relation_valid.shape[1]
     rows = torch.arange(count).flip(0).expand(levels, len(annotations.valid), count)
@@ -324,24 +309,6 @@ def test_earlier_levels_count_by_the_auxiliary_weight():
     assert len(losses) == 2 * len(names) == 16
     for name in names:
         torch.testing.assert_close(losses[f"{name}_0"], losses[name] * 0.25)
-
-
-def test_legacy_focal_normalization_scales_and_ignores_the_auxiliary_weight():
-    annotations = pad(make_labels([2, 0, 3]))
-    predictions, _ = make_predictions(make_config(), levels=2)
-    matches = random_matches(annotations)
-    clean, legacy = (
-        scene_graph_losses(
-            make_config(legacy_focal_normalization=is_legacy),
-            predictions,
-            TripletAssignment(annotations, matches),
-        )
-        for is_legacy in (False, True)
-    )
-    factor = 7 / NUM_PREDICATES
-    torch.testing.assert_close(legacy["loss_predicate"], clean["loss_predicate"] * factor)
-    torch.testing.assert_close(legacy["loss_predicate_0"], clean["loss_predicate_0"] * 2 * factor)
-    torch.testing.assert_close(legacy["loss_subject_box_0"], clean["loss_subject_box_0"])
 
 
 @CASES

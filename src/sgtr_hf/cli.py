@@ -95,6 +95,7 @@ def convert_checkpoint(options: argparse.Namespace) -> int:
         vocabulary=options.vocabulary,
         network=options.network,
         backbone=options.backbone,
+        dilated=options.dc5,
     )
     print(f"{options.output}: {report}.")
     for name in report.new:
@@ -219,6 +220,11 @@ def _add_convert_checkpoint(parser: argparse.ArgumentParser) -> None:
         "--network", default="teacher", choices=("teacher", "student"), help="of a full DINO file"
     )
     parser.add_argument("--backbone", type=Path, help="file of a DINO classifier's backbone")
+    parser.add_argument(
+        "--dc5",
+        action=argparse.BooleanOptionalAction,
+        help="the DETR has a dilated backbone, which its tensors do not show",
+    )
 
 
 def _add_query_slots(parser: argparse.ArgumentParser) -> None:

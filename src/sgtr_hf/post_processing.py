@@ -28,7 +28,9 @@ class LegacyRules(NamedTuple):
     """What the released SGTR does differently; docs/fidelity.md says what each rule changes."""
 
     box_offset: float = 0.0
-    """Added to x2 and y2 before boxes are scaled, which are then not cut off at the border."""
+    """Added to x2 and y2 before boxes are scaled."""
+    open_border: bool = False
+    """Do not cut boxes off at the border of the image."""
     self_overlap: bool = False
     """Compare entities by the generalised IoU of corners read as centre and size."""
     duplicate_ranking: bool = False
@@ -78,7 +80,11 @@ class _Triplets(NamedTuple):
 
 
 def detect_objects(
-    probabilities: Tensor, pred_boxes: Tensor, threshold: float, target_sizes: TargetSizes
+    probabilities: Tensor,
+    pred_boxes: Tensor,
+    threshold: float,
+    target_sizes: TargetSizes,
+    legacy: LegacyRules = LegacyRules(),  # noqa: B008 - immutable
 ) -> list[dict[str, Tensor]]:
     """Give each query its best class, and return what exceeds the threshold, best first.
 
@@ -87,12 +93,13 @@ def detect_objects(
         pred_boxes: (B, N, 4) cxcywh relative to the image.
         threshold: Least score, in [0, 1].
         target_sizes: (B, 2) height and width; normalised boxes if None.
+        legacy: Rules for boxes of the originals to follow.
 
     Returns:
         For each image "scores" (E,), "labels" (E,) and "boxes" (E, 4) as x1, y1, x2, y2.
     """
     _check_probability("threshold", threshold)
-    entities = _read_entities(probabilities, pred_boxes, target_sizes)
+    entities = _read_entities(probabilities, pred_boxes, target_sizes, legacy)
     scores, order = entities.scores.sort(dim=-1, descending=True, stable=True)
     labels = entities.labels.gather(1, order)
     boxes = entities.boxes.gather(1, order[..., None].expand(-1, -1, 4))
@@ -144,7 +151,7 @@ def find_scene_graphs(
     if top_k < 1:
         raise ValueError(f"`top_k` must be at least 1, got {top_k}.")
     entities = _read_entities(
-        outputs["entity_probabilities"], outputs["pred_boxes"], target_sizes, legacy.box_offset
+        outputs["entity_probabilities"], outputs["pred_boxes"], target_sizes, legacy
     )
     overlap = entities.overlap(legacy)
     predicates = outputs["predicate_probabilities"]
@@ -173,14 +180,11 @@ def find_scene_graphs(
 
 
 def _read_entities(
-    probabilities: Tensor,
-    pred_boxes: Tensor,
-    target_sizes: TargetSizes,
-    legacy_box_offset: float = 0.0,
+    probabilities: Tensor, pred_boxes: Tensor, target_sizes: TargetSizes, legacy: LegacyRules
 ) -> _Entities:
     scores, labels = probabilities.float().max(dim=-1)
-    boxes = box_cxcywh_to_xyxy(pred_boxes.float(), legacy_box_offset)
-    if not legacy_box_offset:
+    boxes = box_cxcywh_to_xyxy(pred_boxes.float(), legacy.box_offset)
+    if not legacy.open_border:
         # A NaN stays one, so that it is found below.
         boxes = torch.minimum(torch.maximum(boxes, boxes.new_zeros(())), boxes.new_ones(()))
     if target_sizes is not None:

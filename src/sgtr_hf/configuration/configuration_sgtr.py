@@ -103,12 +103,17 @@ class SgtrConfig(PreTrainedConfig):
         focal_gamma: Exponent of the focal predicate loss.
         auxiliary_loss: Also train the earlier levels of the structural decoder.
         initializer_range: Standard deviation of new query embeddings.
-        legacy_triplet_matching: Match assembled rows instead of queries, with softmax over
-            sigmoid logits, a range of 4096 rows, and the original's resolution of conflicts, which
-            reads the wrong row of the cost matrix (`rel_detr_losses.py:573`).
+        legacy_triplet_matching: Match assembled rows, the best 4096 of them, instead of queries;
+            of relations that win rows of one query, one stays (`rel_detr_losses.py:119`).
+        legacy_conflict_row: Choose the one by the costs in the row whose number is the query's,
+            instead of those in the rows that won (`rel_detr_losses.py:573`).
+        legacy_softmax_cost: Match with a softmax over the logits of a sigmoid head, instead of
+            the sigmoid (`rel_detr_losses.py`).
         legacy_focal_normalization: Average the focal loss over predicates, multiply it by the
-            number of queries, normalise it by this process alone, and leave it out of
-            `auxiliary_relation_loss_weight` (`rel_detr_losses.py:857`).
+            number of queries, and count the relations of this process alone
+            (`rel_detr_losses.py:857`).
+        legacy_unweighted_auxiliary_predicates: Leave the focal loss of the earlier levels out of
+            `auxiliary_relation_loss_weight` (`onestg_encdec_vrd.py:220`).
     """
 
     model_type = "sgtr"
@@ -178,7 +183,10 @@ class SgtrConfig(PreTrainedConfig):
     auxiliary_loss: bool = True
     initializer_range: float | int = 1.0
     legacy_triplet_matching: bool = False
+    legacy_conflict_row: bool = False
+    legacy_softmax_cost: bool = False
     legacy_focal_normalization: bool = False
+    legacy_unweighted_auxiliary_predicates: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Give predicates integer keys, and share the entity names with the detector."""
@@ -273,6 +281,11 @@ class SgtrConfig(PreTrainedConfig):
             raise ValueError(
                 "`legacy_triplet_matching` matches triplets that the rule assembled; it has no "
                 'meaning with `graph_assembling="unified"`.'
+            )
+        if self.legacy_conflict_row and not self.legacy_triplet_matching:
+            raise ValueError(
+                "`legacy_conflict_row` says how `legacy_triplet_matching` resolves conflicts, and "
+                "needs it to be True; otherwise there are none."
             )
 
     def validate_frequencies(self) -> None:

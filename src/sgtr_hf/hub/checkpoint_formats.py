@@ -103,6 +103,10 @@ DETR = KeyTable(
     rules=(*_LAYERS, *_TORCHVISION_RESNET, *_DETECTOR),
     unused=re.compile(r"empty_weight$|num_batches_tracked$"),
 )
+# A dilated backbone is timm's, whose names are those of torchvision.
+DETR_DC5 = DETR._replace(
+    rules=(*_LAYERS, (r"^backbone\.0\.body\.", "model.backbone._backbone."), *_DETECTOR)
+)
 _DETECTOR_OF_SGTR = (*_CVPODS_RESNET, *_DETECTOR)
 SGTR = KeyTable(
     rules=(

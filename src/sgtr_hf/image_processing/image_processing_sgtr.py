@@ -37,9 +37,9 @@ class SgtrImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-
 
     channel_order (`Literal["rgb", "bgr"]`):
         Order in which the model gets the channels; mean and standard deviation are in it too.
-    legacy_box_offset (`float`), legacy_self_overlap, legacy_duplicate_ranking and
-    legacy_single_predicate (`bool`):
-        Rules of the released SGTR for scene graphs, see `sgtr_hf.post_processing.LegacyRules`.
+    legacy_box_offset (`float`), legacy_open_border, legacy_self_overlap, legacy_duplicate_ranking
+    and legacy_single_predicate (`bool`):
+        Rules of the originals for results, see `sgtr_hf.post_processing.LegacyRules`.
     legacy_round_sides (`bool`):
         Round the sides of a resized image to the nearest pixel, as the released SGTR does, instead
         of down, as DETR does.
@@ -47,6 +47,7 @@ class SgtrImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-
 
     channel_order: Literal["rgb", "bgr"] | None
     legacy_box_offset: float | None
+    legacy_open_border: bool | None
     legacy_self_overlap: bool | None
     legacy_duplicate_ranking: bool | None
     legacy_single_predicate: bool | None
@@ -73,6 +74,7 @@ class _SgtrImageProcessing:
     do_pad = True
     channel_order = "rgb"
     legacy_box_offset = 0.0
+    legacy_open_border = False
     legacy_self_overlap = False
     legacy_duplicate_ranking = False
     legacy_single_predicate = False
@@ -182,7 +184,11 @@ class _SgtrImageProcessing:
             ValueError: If outputs are not finite or sizes do not fit.
         """
         return detect_objects(
-            outputs["entity_probabilities"], outputs["pred_boxes"], threshold, target_sizes
+            outputs["entity_probabilities"],
+            outputs["pred_boxes"],
+            threshold,
+            target_sizes,
+            self._legacy_rules,
         )
 
     def post_process_scene_graph(
@@ -216,12 +222,17 @@ class _SgtrImageProcessing:
             top_k=top_k,
             graph_constraint=graph_constraint,
             names=(id2label, id2predicate),
-            legacy=LegacyRules(
-                self.legacy_box_offset,
-                self.legacy_self_overlap,
-                self.legacy_duplicate_ranking,
-                self.legacy_single_predicate,
-            ),
+            legacy=self._legacy_rules,
+        )
+
+    @property
+    def _legacy_rules(self) -> LegacyRules:
+        return LegacyRules(
+            self.legacy_box_offset,
+            self.legacy_open_border,
+            self.legacy_self_overlap,
+            self.legacy_duplicate_ranking,
+            self.legacy_single_predicate,
         )
 
 

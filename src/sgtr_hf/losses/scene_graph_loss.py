@@ -82,8 +82,7 @@ def scene_graph_losses(
     for name in parts[0]:
         of_levels = torch.cat([part[name] for part in parts])
         auxiliary = config.auxiliary_relation_loss_weight
-        if name == "loss_predicate" and _has_legacy_focal_loss(config):
-            # The release knows no weight for the auxiliary levels of this loss.
+        if name == "loss_predicate" and config.legacy_unweighted_auxiliary_predicates:
             auxiliary = 1.0
         losses |= name_levels(name, of_levels, 1.0, auxiliary)
     return losses
@@ -172,10 +171,6 @@ def _predicate_losses(
         # (rel_detr_losses.py:857).
         return weight * losses * num_queries / logits.shape[-1] / count.clamp(min=1)
     return weight * losses / mean_over_processes(count)
-
-
-def _has_legacy_focal_loss(config: SgtrConfig) -> bool:
-    return config.legacy_focal_normalization and config.predicate_classification == "focal"
 
 
 def _long_tail_terms(config: SgtrConfig, logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -99,7 +99,9 @@ def legacy_triplet_matching(
         is_valid = host_valid[image] > 0
         if is_valid.any():
             image_costs = host_costs[level, image][:, is_valid]
-            matches[level, image, is_valid] = _match_rows(image_costs, top_k)
+            matches[level, image, is_valid] = _match_rows(
+                image_costs, top_k, legacy_conflict_row=config.legacy_conflict_row
+            )
     return torch.from_numpy(matches).to(entity_boxes.device)
 
 
@@ -177,8 +179,7 @@ def _query_costs(
     """Costs (L, B, Q, R) of predicate and relation vector, the same for all K triplets."""
     logits = predictions.predicate_logits.float()
     has_background = config.predicate_classification == "softmax"
-    # The release takes a softmax even of the logits of a sigmoid head.
-    if has_background or config.legacy_triplet_matching:
+    if has_background or config.legacy_softmax_cost:
         probabilities = logits.softmax(-1)
     else:
         probabilities = logits.sigmoid()
@@ -247,16 +248,17 @@ def _probability_costs(config: SgtrConfig, probabilities: Tensor) -> Tensor:
     return config.matching_base ** (-probabilities)
 
 
-def _match_rows(costs: np.ndarray, top_k: int) -> np.ndarray:
+def _match_rows(costs: np.ndarray, top_k: int, *, legacy_conflict_row: bool) -> np.ndarray:
     """Match the rows (Q * K, R) of one image; return the query of each relation, -1 for none."""
     kept = np.argsort(costs.min(1), kind="stable")[:LEGACY_MATCHING_RANGE]
     ranks = solve(costs[kept])
-    queries = kept[ranks] // top_k
+    rows = kept[ranks]
+    queries = rows // top_k
     matches = np.full(costs.shape[1], -1, dtype=np.int64)
     for query in np.unique(queries):
         rivals = np.flatnonzero(queries == query)
+        # At equal costs the better ranked row wins.
         rivals = rivals[np.argsort(ranks[rivals])]
-        # The release means to compare the matched rows but reads the row whose number is the
-        # query's (rel_detr_losses.py:573); at equal costs the better ranked row wins.
-        matches[rivals[costs[query, rivals].argmin()]] = query
+        compared = query if legacy_conflict_row else rows[rivals]
+        matches[rivals[costs[compared, rivals].argmin()]] = query
     return matches
