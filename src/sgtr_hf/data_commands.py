@@ -13,7 +13,7 @@ from typing import Any
 
 def convert(options: argparse.Namespace) -> int:
     """Convert splits of a data set into another format."""
-    writers = _load("dataset_writers").WRITERS
+    writers = load_data_module("dataset_writers").WRITERS
     if options.to not in writers:
         raise ValueError(f"`--to` must be one of {', '.join(writers)}, got {options.to!r}.")
     if options.to != "parquet" and options.no_embed:
@@ -28,16 +28,16 @@ def _convert_split(options: argparse.Namespace, split: str, writer: Any) -> None
     target_split = writer.split_name(split)
     # Whether a COCO file needs an index shows on the way; nothing has been kept then.
     for index in (options.index, True):
-        report = _load("record_source").DropReport()
-        source = _open(options, split, index=index)
+        report = load_data_module("record_source").DropReport()
+        source = open_source(options, split, index=index)
         on_error = "drop" if options.drop else "raise"
         records = source.checked(on_error, report, pictures=not options.no_embed)
         try:
             count = writer.write(
-                source, _progress(records, source), options.target, target_split, **settings
+                source, show_progress(records, source), options.target, target_split, **settings
             )
             break
-        except _load("coco_grouping").UnorderedAnnotationsError as error:
+        except load_data_module("coco_grouping").UnorderedAnnotationsError as error:
             if index:
                 raise
             print(f"{error} Starting again with an index.")
@@ -48,13 +48,13 @@ def _convert_split(options: argparse.Namespace, split: str, writer: Any) -> None
 
 def validate(options: argparse.Namespace) -> int:
     """Print every violation; return 1 if there is any that stays."""
-    sources = _load("record_source")
-    source = _open(options, options.split, index=options.index)
+    sources = load_data_module("record_source")
+    source = open_source(options, options.split, index=options.index)
     report, messages = sources.DropReport(), _Messages(source.place)
     reading = sources.Reading(source.place, on_broken=messages.add_broken, left_out=report.left_out)
 
     def fixed() -> Iterator[dict[str, Any]]:
-        for record in _progress(source.make_records(reading), source):
+        for record in show_progress(source.make_records(reading), source):
             found = source.problems(record, pictures=not options.no_pictures)
             for problem in found:
                 messages.add(problem.message)
@@ -68,7 +68,7 @@ def validate(options: argparse.Namespace) -> int:
             pass
         print(f"{messages.images} images, {messages.count} violations.")
         return int(messages.count > 0)
-    writer = _load("dataset_writers").WRITERS["parquet"]
+    writer = load_data_module("dataset_writers").WRITERS["parquet"]
     count = writer.write(source, fixed(), options.fix, writer.split_name(options.split))
     for message in messages.broken:
         report.add("broken records", message)
@@ -102,10 +102,12 @@ class _Messages:
 
 def stats(options: argparse.Namespace) -> int:
     """Print what a data set holds, and draw it on request."""
-    report = _load("record_source").DropReport()
-    source = _open(options, options.split, index=options.index)
+    report = load_data_module("record_source").DropReport()
+    source = open_source(options, options.split, index=options.index)
     records = source.checked("drop" if options.drop else "raise", report)
-    statistics = _load("dataset_statistics").count_records(source, _progress(records, source))
+    statistics = load_data_module("dataset_statistics").count_records(
+        source, show_progress(records, source)
+    )
     print(statistics)
     if report.counts or report.left_out:
         print(report)
@@ -118,7 +120,7 @@ def add_data_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPar
     """Add the parsers of the commands."""
     parser = commands.add_parser("convert", help="convert a data set into another format")
     parser.set_defaults(run=convert)
-    _add_source(parser, several_splits=True)
+    add_source_options(parser, several_splits=True)
     parser.add_argument("target", type=Path, metavar="TARGET", help="folder to write")
     parser.add_argument("--to", default="parquet", metavar="FORMAT", help="its format")
     parser.add_argument("--drop", action="store_true", help="leave out what is wrong, and count it")
@@ -127,27 +129,41 @@ def add_data_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPar
     )
     parser = commands.add_parser("validate", help="list what is wrong in a data set")
     parser.set_defaults(run=validate)
-    _add_source(parser)
+    add_source_options(parser)
     parser.add_argument("--fix", type=Path, help="write a Parquet copy without what is wrong")
     parser.add_argument(
         "--no-pictures", action="store_true", help="check the annotations without the pictures"
     )
     parser = commands.add_parser("stats", help="count what a data set holds")
     parser.set_defaults(run=stats)
-    _add_source(parser)
+    add_source_options(parser)
     parser.add_argument("--draw", type=Path, help="image file of the plots")
     parser.add_argument("--drop", action="store_true", help="leave out what is wrong, and count it")
 
 
-def _add_source(parser: argparse.ArgumentParser, *, several_splits: bool = False) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="file, folder or Hub id")
+def add_source_options(
+    parser: argparse.ArgumentParser,
+    *,
+    several_splits: bool = False,
+    name: str = "SOURCE",
+    split: str = "train",
+) -> None:
+    """Add what says where annotated images are, and how to read them.
+
+    Args:
+        parser: Of a command.
+        several_splits: Whether `--split` may name more than one.
+        name: Of the argument in the help.
+        split: Default of `--split`.
+    """
+    parser.add_argument("source", metavar=name, help="file, folder or Hub id")
     parser.add_argument(
         "--from", dest="source_format", metavar="FORMAT", help="its format, if not recognised"
     )
     if several_splits:
-        parser.add_argument("--split", default="train", help="one, or several as in train,val,test")
+        parser.add_argument("--split", default=split, help="one, or several as in train,val,test")
     else:
-        parser.add_argument("--split", default="train", help="val and validation are one")
+        parser.add_argument("--split", default=split, help="val and validation are one")
     parser.add_argument(
         "--images",
         type=Path,
@@ -171,7 +187,12 @@ def _add_source(parser: argparse.ArgumentParser, *, several_splits: bool = False
     )
 
 
-def _load(module: str) -> ModuleType:
+def load_data_module(module: str) -> ModuleType:
+    """Import a module of `data` when it is needed.
+
+    Raises:
+        ImportError: With the remedy, if one of its libraries is not installed.
+    """
     try:
         return importlib.import_module(f".data.{module}", __package__)
     except ImportError as error:
@@ -180,11 +201,12 @@ def _load(module: str) -> ModuleType:
         ) from error
 
 
-def _open(options: argparse.Namespace, split: str, *, index: bool) -> Any:
-    formats = _load("dataset_formats")
+def open_source(options: argparse.Namespace, split: str, *, index: bool) -> Any:
+    """Open a split of the data set that `add_source_options` asked for, and say its format."""
+    formats = load_data_module("dataset_formats")
     name = options.source_format
     if name is None:
-        name, reason = _load("format_detection").detect_format(options.source, split)
+        name, reason = load_data_module("format_detection").detect_format(options.source, split)
         print(f"format {name}: {reason}")
     read_options = formats.ReadOptions(
         images=options.images,
@@ -197,7 +219,8 @@ def _open(options: argparse.Namespace, split: str, *, index: bool) -> Any:
     return formats.open_dataset(options.source, split, name, read_options)
 
 
-def _progress(records: Any, source: Any) -> Iterator[dict[str, Any]]:
+def show_progress(records: Any, source: Any) -> Iterator[Any]:
+    """Yield records under a progress bar."""
     from tqdm import tqdm
 
     yield from tqdm(records, unit="image", total=source.count)
