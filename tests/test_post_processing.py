@@ -152,3 +152,46 @@ def test_detections_are_sorted_and_cut():
         assert (detection["scores"] > 0.6).all()
         assert torch.equal(detection["scores"], detection["scores"].sort(descending=True).values)
         assert detection["boxes"].shape == (len(detection["labels"]), 4)
+
+
+def test_the_overlap_of_duplicates_can_be_chosen():
+    outputs = random_outputs(num_images=1)
+    counts = [
+        len(find_scene_graphs(outputs, None, duplicate_threshold=threshold)[0].relations)
+        for threshold in (0.0, 0.8, 1.0)
+    ]
+    assert counts[0] < counts[1] <= counts[2]
+    with pytest.raises(ValueError, match="`duplicate_threshold` must be between 0 and 1"):
+        find_scene_graphs(outputs, None, duplicate_threshold=1.5)
+
+
+def test_unified_assembling_takes_the_best_pairs_of_each_query():
+    outputs = random_outputs(num_images=1)
+    for role in ("subject", "object"):
+        logits = torch.logit(outputs[f"{role}_scores"].clamp(0.01, 0.99))
+        outputs[f"{role}_log_correspondence"] = (2 * logits).log_softmax(-1)
+        outputs[f"{role}_scores"] = outputs[f"{role}_log_correspondence"].exp()
+    graph = find_scene_graphs(outputs, None, duplicate_threshold=1.0, top_k=5)[0]
+    scores = outputs["entity_probabilities"][0].amax(-1)
+    corners = box_cxcywh_to_xyxy(outputs["pred_boxes"][0]).clamp(0, 1)
+    overlap = box_iou(corners[:, None], corners[None])
+    found = {}
+    for query in range(NUM_QUERIES):
+        subject_links, object_links = (
+            outputs[f"{role}_scores"][0, query] for role in ("subject", "object")
+        )
+        pairs = [
+            ((subject_links[subject] * object_links[object_]).item(), subject, object_)
+            for subject in subject_links.topk(LINKS).indices.tolist()
+            for object_ in object_links.topk(LINKS).indices.tolist()
+            if subject != object_
+        ]
+        for link, subject, object_ in sorted(pairs, reverse=True)[:LINKS]:
+            if overlap[subject, object_] >= 0.95:
+                continue
+            for predicate, value in enumerate(outputs["predicate_probabilities"][0, query]):
+                total = (value * link * scores[subject] * scores[object_]).item()
+                key = (subject, object_, predicate)
+                found[key] = max(found.get(key, 0.0), total)
+    best = sorted(found.values(), reverse=True)[:5]
+    np.testing.assert_allclose(graph.relation_scores, best, rtol=1e-5)

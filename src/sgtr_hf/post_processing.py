@@ -55,15 +55,6 @@ class _Entities(NamedTuple):
         return box_iou(self.boxes[:, :, None], self.boxes[:, None])
 
 
-class _Links(NamedTuple):
-    """The K likeliest pairs of entities of each query, (B, Q, K) each."""
-
-    subject: Tensor
-    object: Tensor
-    probability: Tensor
-    """That they belong to the query; 1 where assembling knows no probabilities."""
-
-
 class _Triplets(NamedTuple):
     """M candidates an image, best first."""
 
@@ -115,13 +106,14 @@ def detect_objects(
 
 
 @torch.no_grad()
-def find_scene_graphs(
+def find_scene_graphs(  # noqa: PLR0913 - an argument for each choice of the caller
     outputs: Any,
     target_sizes: TargetSizes,
     *,
     threshold: float = 0.0,
     top_k: int = 100,
     graph_constraint: bool = False,
+    duplicate_threshold: float = DUPLICATE_IOU,
     names: tuple[Mapping[int, str] | None, Mapping[int, str] | None] = (None, None),
     legacy: LegacyRules = LegacyRules(),  # noqa: B008 - immutable
 ) -> list[SceneGraph]:
@@ -141,6 +133,8 @@ def find_scene_graphs(
         threshold: Least score of a relation, in [0, 1].
         top_k: Most relations a graph.
         graph_constraint: Keep only the best predicate of an ordered pair of entities.
+        duplicate_threshold: Overlap of both boxes above which two triplets of the same classes and
+            predicate say the same, in [0, 1]; 1 keeps all but those of the very same entities.
         names: Of classes and of predicates.
         legacy: Rules of the released SGTR to follow.
 
@@ -148,6 +142,7 @@ def find_scene_graphs(
         ValueError: If outputs are not finite, or an argument is out of range.
     """
     _check_probability("threshold", threshold)
+    _check_probability("duplicate_threshold", duplicate_threshold)
     if top_k < 1:
         raise ValueError(f"`top_k` must be at least 1, got {top_k}.")
     entities = _read_entities(
@@ -155,13 +150,16 @@ def find_scene_graphs(
     )
     overlap = entities.overlap(legacy)
     predicates = outputs["predicate_probabilities"]
-    candidates = _choose_predicates(predicates, legacy)
-    links = _link(
-        (outputs["subject_scores"], outputs["object_scores"]),
-        is_unified=outputs.get("subject_log_correspondence") is not None,
-    )
-    triplets = _assemble(entities, overlap, candidates, links)
-    kept = _keep_first_of_duplicates(entities, overlap, triplets, legacy)
+    roles = (outputs["subject_scores"], outputs["object_scores"])
+    if outputs.get("subject_log_correspondence") is not None:
+        # Some of the candidates say the same twice.
+        triplets = _assemble_unified(entities, overlap, predicates, roles, 4 * top_k)
+    else:
+        candidates = _choose_predicates(predicates, legacy)
+        triplets = _assemble_by_rank(entities, overlap, candidates, roles)
+    same_label = entities.labels[:, :, None] == entities.labels[:, None]
+    is_alike = (overlap > duplicate_threshold) & same_label
+    kept = _keep_first_of_duplicates(entities, is_alike, triplets, legacy)
     if graph_constraint:
         kept &= ~(_same_pair(triplets) & _is_earlier(kept)).any(-1)
     kept &= triplets.score >= max(threshold, 0.0)
@@ -208,43 +206,72 @@ def _choose_predicates(predicates: Tensor, legacy: LegacyRules) -> tuple[Tensor,
     return scores, cells // num_predicates, cells % num_predicates
 
 
-def _link(assembling_scores: tuple[Tensor, Tensor], *, is_unified: bool) -> _Links:
-    """Give each query its most likely entities: rank with rank, or the best pairs of all."""
-    scores = [role.float() for role in assembling_scores]
-    count = min(LINKS, scores[0].shape[2])
-    (subject_scores, subjects), (object_scores, objects) = (role.topk(count) for role in scores)
-    if not is_unified:
-        return _Links(subjects, objects, torch.ones_like(subject_scores))
-    # (B, Q, K, K) -> (B, Q, K * K), of which the best K stay.
-    products = (subject_scores[..., :, None] * object_scores[..., None, :]).flatten(-2)
-    probabilities, cells = products.topk(count)
-    return _Links(
-        subjects.gather(-1, cells // count), objects.gather(-1, cells % count), probabilities
-    )
-
-
-def _assemble(
+def _assemble_by_rank(
     entities: _Entities,
     overlap: Tensor,
     candidates: tuple[Tensor, Tensor, Tensor],
-    links: _Links,
+    assembling_scores: tuple[Tensor, Tensor],
 ) -> _Triplets:
-    """Make a triplet of each candidate and each link of its query, best first."""
-    count = links.subject.shape[2]
-    columns = candidates[1][..., None].expand(-1, -1, count)
-    subject, object_, probability = (field.gather(1, columns).flatten(1) for field in links)
-    score, query, predicate = (field.repeat_interleave(count, dim=1) for field in candidates)
-    entity_scores = entities.scores.gather(1, subject), entities.scores.gather(1, object_)
-    score = score * entity_scores[0] * entity_scores[1] * probability
-    image = torch.arange(len(overlap), device=overlap.device)[:, None]
-    is_impossible = (subject == object_) | (overlap[image, subject, object_] >= SAME_ENTITY_IOU)
-    is_impossible |= (torch.minimum(*entity_scores) < RULED_OUT) | (probability == 0)
-    score = torch.where(is_impossible, -1.0, score)
+    """Link the candidates to their best entities, rank with rank, best first."""
+    links = min(LINKS, entities.scores.shape[1])
+    linked = []
+    for scores in assembling_scores:
+        best = scores.topk(links, dim=-1).indices
+        linked.append(best.gather(1, candidates[1][..., None].expand(-1, -1, links)).flatten(1))
+    subject, object_ = linked
+    score, query, predicate = (field.repeat_interleave(links, dim=1) for field in candidates)
+    score = score * entities.scores.gather(1, subject) * entities.scores.gather(1, object_)
+    score = torch.where(_is_impossible(entities, overlap, subject, object_), -1.0, score)
     score, order = score.sort(dim=-1, descending=True, stable=True)
     subject, object_, predicate, query = (
         field.gather(1, order) for field in (subject, object_, predicate, query)
     )
     return _Triplets(subject, object_, predicate, query, score)
+
+
+def _assemble_unified(
+    entities: _Entities,
+    overlap: Tensor,
+    predicates: Tensor,
+    correspondence: tuple[Tensor, Tensor],
+    count: int,
+) -> _Triplets:
+    """Make the best `count` triplets of all predicates with the best pairs of their query."""
+    num_links, num_predicates = min(LINKS, entities.scores.shape[1]), predicates.shape[2]
+    (subject_links, subjects), (object_links, objects) = (
+        role.float().topk(num_links) for role in correspondence
+    )
+    # (B, Q, K, K) -> (B, Q, K * K), of which the best K pairs of two entities stay.
+    products = subject_links[..., :, None] * object_links[..., None, :]
+    products = products.masked_fill(subjects[..., :, None] == objects[..., None, :], 0)
+    links, cells = products.flatten(-2).topk(num_links)
+    subject = subjects.gather(-1, cells // num_links).flatten(1)
+    object_ = objects.gather(-1, cells % num_links).flatten(1)
+    factor = links.flatten(1) * entities.scores.gather(1, subject)
+    factor = factor * entities.scores.gather(1, object_)
+    is_impossible = _is_impossible(entities, overlap, subject, object_) | (links.flatten(1) == 0)
+    # (B, Q * K, P) -> (B, Q * K * P)
+    scores = factor[..., None] * predicates.float().repeat_interleave(num_links, dim=1)
+    scores = scores.masked_fill(is_impossible[..., None], -1).flatten(1)
+    score, best = scores.topk(min(count, scores.shape[1]))
+    link = best // num_predicates
+    return _Triplets(
+        subject.gather(1, link),
+        object_.gather(1, link),
+        best % num_predicates,
+        link // num_links,
+        score,
+    )
+
+
+def _is_impossible(
+    entities: _Entities, overlap: Tensor, subject: Tensor, object_: Tensor
+) -> Tensor:
+    """(B, M), True where subject and object are one thing, or one of them is not there."""
+    image = torch.arange(len(overlap), device=overlap.device)[:, None]
+    least = torch.minimum(entities.scores.gather(1, subject), entities.scores.gather(1, object_))
+    is_one_thing = (subject == object_) | (overlap[image, subject, object_] >= SAME_ENTITY_IOU)
+    return is_one_thing | (least < RULED_OUT)
 
 
 def _same_pair(triplets: _Triplets) -> Tensor:
@@ -261,15 +288,15 @@ def _is_earlier(kept: Tensor) -> Tensor:
 
 
 def _keep_first_of_duplicates(
-    entities: _Entities, overlap: Tensor, triplets: _Triplets, legacy: LegacyRules
+    entities: _Entities, is_alike: Tensor, triplets: _Triplets, legacy: LegacyRules
 ) -> Tensor:
     """(B, M), False where a kept triplet before it says the same.
 
-    Two say the same if the predicate is the same and either both entities are, or their classes
-    are and their boxes nearly. Deciding one after the other depends on the decisions before; all
-    are decided at once instead, again and again until nothing changes, which gives the same.
+    Two say the same if the predicate is the same and either both entities are, or both are alike
+    (B, N, N): their classes are the same and their boxes nearly. Deciding one after the other
+    depends on the decisions before; all are decided at once instead, again and again until nothing
+    changes, which gives the same.
     """
-    is_alike = (overlap > DUPLICATE_IOU) & (entities.labels[:, :, None] == entities.labels[:, None])
     possible = triplets.score >= 0
     predicate = triplets.predicate.where(possible, -1)
     # Few pairs have one predicate; only these are looked at.

@@ -22,7 +22,7 @@ from transformers.utils import logging
 from transformers.utils.import_utils import is_torchvision_available
 
 from ..boxes import box_xyxy_to_cxcywh
-from ..post_processing import LegacyRules, detect_objects, find_scene_graphs
+from ..post_processing import DUPLICATE_IOU, LegacyRules, detect_objects, find_scene_graphs
 from ..scene_graph import SceneGraph
 
 
@@ -191,13 +191,14 @@ class _SgtrImageProcessing:
             self._legacy_rules,
         )
 
-    def post_process_scene_graph(
+    def post_process_scene_graph(  # noqa: PLR0913 - an argument for each choice
         self,
         outputs: Any,
         threshold: float = 0.0,
         top_k: int = 100,
         target_sizes: Tensor | Sequence[tuple[int, int]] | None = None,
         graph_constraint: bool = False,
+        duplicate_threshold: float = DUPLICATE_IOU,
         id2label: Mapping[int, str] | None = None,
         id2predicate: Mapping[int, str] | None = None,
     ) -> list[SceneGraph]:
@@ -209,6 +210,8 @@ class _SgtrImageProcessing:
             top_k: Most relations a graph.
             target_sizes: (B, 2) height and width of the pictures; boxes are scaled to them.
             graph_constraint: Keep only the best predicate of an ordered pair of entities.
+            duplicate_threshold: Overlap of both boxes above which two triplets of the same classes
+                and predicate say the same; 1 keeps all but those of the very same entities.
             id2label: Names of classes for the results.
             id2predicate: Names of predicates for the results.
 
@@ -221,6 +224,7 @@ class _SgtrImageProcessing:
             threshold=threshold,
             top_k=top_k,
             graph_constraint=graph_constraint,
+            duplicate_threshold=duplicate_threshold,
             names=(id2label, id2predicate),
             legacy=self._legacy_rules,
         )

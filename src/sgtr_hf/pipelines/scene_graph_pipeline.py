@@ -29,7 +29,7 @@ _OUTPUT_FIELDS = (
 # Given entities differ in number from picture to picture, so they stay lists.
 _LIST_FIELDS = ("entity_boxes", "entity_labels")
 _PREPROCESS_ARGUMENTS = ("timeout", "boxes", "labels")
-_POSTPROCESS_ARGUMENTS = ("threshold", "top_k", "graph_constraint")
+_POSTPROCESS_ARGUMENTS = ("threshold", "top_k", "graph_constraint", "duplicate_threshold")
 
 
 class SceneGraphPipeline(Pipeline):
@@ -48,6 +48,8 @@ class SceneGraphPipeline(Pipeline):
         threshold: Least score of a relation, in [0, 1].
         top_k: Most relations a picture.
         graph_constraint: Keep only the best predicate of an ordered pair of entities.
+        duplicate_threshold: Overlap of both boxes above which two triplets of the same classes and
+            predicate say the same.
         timeout: Seconds to wait for the download of a URL.
     """
 
