@@ -48,6 +48,7 @@ def main() -> None:
         options.folder / "README.md",
         json.loads(options.report.read_text()),
         [json.loads((run / "training.json").read_text()) for run in runs],
+        model.config,
     )
 
 

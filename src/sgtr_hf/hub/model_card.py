@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..configuration.configuration_sgtr import SgtrConfig
+
 
 _ROWS = (
     ("detection AP / AP50", "AP", "AP50"),
@@ -39,6 +41,7 @@ def write_model_card(
     path: Path,
     report: Mapping[str, Any],
     trainings: Sequence[Mapping[str, Any]],
+    config: SgtrConfig,
 ) -> None:
     """Write the card of a tabletop checkpoint.
 
@@ -46,6 +49,7 @@ def write_model_card(
         path: The card's file.
         report: JSON of `evaluate_model.py`.
         trainings: Records of the runs (`training.json`), in their order.
+        config: Of the model.
     """
     runs = "\n".join(
         f"| {_recipe_name(training)} | {training['images_seen']} | "
@@ -58,6 +62,8 @@ def write_model_card(
         f"{training['command']}"
         for training in trainings
     )
+    is_plus = config.predicate_node_generator == "spatial_aware"
+    name = "SGTR+ (a reimplementation)" if is_plus else "SGTR"
     versions = ", ".join(f"{name} {value}" for name, value in trainings[-1]["versions"].items())
     path.write_text(f"""---
 license: apache-2.0
@@ -65,7 +71,7 @@ library_name: transformers
 tags: [scene-graph-generation, sgtr, object-detection]
 pipeline_tag: object-detection
 ---
-# SGTR on tabletop scenes
+# {name} on tabletop scenes
 
 The small scene graph model that ships with `sgtr_hf`: it finds twelve kinds of household things
 and toys in rendered tabletop scenes, and ten relations between them. It shows what the package
@@ -97,7 +103,9 @@ On a processor without bfloat16 units, in float32; {versions}.
 
 {report["images"]} images. Recall is the mean over images, of triplets with the right classes and an
 overlap of at least 0.5 of both boxes; mean recall averages over predicates. Weights are stored as
-bfloat16 and load as float32; the figures are those of the stored weights.
+bfloat16 and load as float32; the figures are those of the stored weights. Each run starts from the
+final weights of the one above it. Scores are calibrated on the validation split: temperature
+{config.score_temperature}, offset {config.score_offset}.
 """)
 
 

@@ -1,0 +1,70 @@
+"""Fit the meaning of a model's scores: `python scripts/calibrate_scores.py MODEL DATA`.
+
+Writes `score_temperature` and `score_offset` into the model's config.json, so that the score of a
+triplet is the probability that it is annotated; use a split that training has not seen.
+"""
+
+import argparse
+import sys
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import AutoImageProcessor
+
+from sgtr_hf import SgtrForSceneGraphGeneration
+from sgtr_hf.data.training_dataset import Collator, SceneGraphDataset, load_split
+from sgtr_hf.scene_graph import SceneGraph
+from sgtr_hf.training.evaluation import check_vocabularies
+from sgtr_hf.training.score_calibration import fit_calibration
+
+
+def main() -> None:
+    """Parse, predict, fit, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="folder of a scene graph model")
+    parser.add_argument("data", help="folder that datasets.load_dataset reads")
+    parser.add_argument("--split", default="validation")
+    parser.add_argument("--batch-size", type=int, default=16)
+    options = parser.parse_args()
+    try:
+        calibrate(options)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
+
+
+def calibrate(options: argparse.Namespace) -> None:
+    """Run the model over the split, fit, and save the configuration."""
+    model = SgtrForSceneGraphGeneration.from_pretrained(options.model, dtype=torch.float32).eval()
+    dataset = SceneGraphDataset(load_split(options.data, options.split))
+    check_vocabularies(model.config, dataset)
+    predictions, references = predict(model, dataset, options)
+    fitted = fit_calibration(model.config, predictions, references)
+    model.config.score_temperature = round(fitted.score_temperature, 4)
+    model.config.score_offset = round(fitted.score_offset, 4)
+    model.config.save_pretrained(options.model)
+    print(
+        f"{fitted.num_triplets} triplets of {len(dataset)} images: temperature "
+        f"{fitted.score_temperature:.4f}, offset {fitted.score_offset:.4f}; expected calibration "
+        f"error {fitted.error_before:.4f} before, {fitted.error_after:.4f} after"
+    )
+
+
+@torch.inference_mode()
+def predict(
+    model: SgtrForSceneGraphGeneration, dataset: SceneGraphDataset, options: argparse.Namespace
+) -> tuple[list[SceneGraph], list[SceneGraph]]:
+    """Return predicted and annotated graphs."""
+    processor = AutoImageProcessor.from_pretrained(options.model)
+    loader = DataLoader(dataset, batch_size=options.batch_size, collate_fn=Collator(processor))
+    predictions, references = [], []
+    for batch in tqdm(loader, unit="batch"):
+        outputs = model(batch["pixel_values"], batch.get("pixel_mask"))
+        sizes = torch.tensor([reference.image_size for reference in batch["references"]])
+        predictions += processor.post_process_scene_graph(outputs, target_sizes=sizes)
+        references += batch["references"]
+    return predictions, references
+
+
+if __name__ == "__main__":
+    main()
