@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 
 import numpy as np
 import torch
@@ -23,15 +24,21 @@ def recorded_weight(name, shape):
     return weight
 
 
-def recorded_checkpoint(keys_file):
+# All but the first of the blocks of a backbone stage, and of the layers of a transformer.
+_DEEPER = re.compile(r"((en|de)coder\.layers|\.(res|layer)\d|decoder_layers(_sub|_obj)?)\.[1-9]")
+
+
+def recorded_checkpoint(keys_file, *, shallow=False):
+    """A checkpoint in the original's format; `shallow` keeps one layer of each stack."""
     entries = json.loads(keys_file.read_text())
     weights = {
         name: torch.from_numpy(np.ascontiguousarray(recorded_weight(name, tuple(shape))))
         for name, shape in entries["keys"].items()
-        if not name.endswith("num_batches_tracked")
+        if not name.endswith("num_batches_tracked") and not (shallow and _DEEPER.search(name))
     }
     for alias, name in entries.get("tied", {}).items():
-        weights[alias] = weights[name]
+        if name in weights:
+            weights[alias] = weights[name]
     return weights
 
 
