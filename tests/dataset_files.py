@@ -188,3 +188,108 @@ def write_vg150(folder, num_images=6):
          "idx_to_attribute": {"2": "red", "1": "big"}},
     )  # fmt: skip
     return folder
+
+
+def write_open_images_csv(folder):
+    """Relations alone; entities come in the order in which relations name them."""
+    write_images(folder / "images", ["a.jpg", "b.jpg"])
+    codes = ["/m/c", "/m/h", "/m/t"]
+    named = "".join(f"{code},{name}\n" for code, name in zip(codes, NAMES, strict=True))
+    (folder / "oidv6-class-descriptions.csv").write_text("LabelName,DisplayName\n" + named)
+    lines = ["ImageID,LabelName1,LabelName2,XMin1,XMax1,YMin1,YMax1,XMin2,XMax2,YMin2,YMax2,"
+             "RelationshipLabel"]  # fmt: skip
+    for row, name in enumerate("ab"):
+        width, height = SIZES[row]
+        for subject, object_, predicate in RELATIONS[row]:
+            fields = [codes[LABELS[row][end]] for end in (subject, object_)]
+            for end in (subject, object_):
+                x1, y1, x2, y2 = BOXES[row][end]
+                fields += [x1 / width, x2 / width, y1 / height, y2 / height]
+            lines.append(",".join(map(str, [name, *fields, PREDICATES[predicate]])))
+    # An attribute, which is not a relation.
+    lines.append("b,/m/c,/m/Wooden,0.1,0.5,0.1,0.5,0.1,0.5,0.1,0.5,is")
+    path = folder / "oidv6-train-annotations-vrd.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def write_visual_genome(folder, whole=True):
+    """One image with names beyond the vocabulary, aliases, and an entity that a relation brings."""
+    entities = [
+        {"object_id": 7, "x": 10, "y": 20, "w": 40, "h": 40, "names": ["Mug."], "synsets": [],
+         "attributes": ["Red ", "shiny"]},
+        {"object_id": 8, "x": 30, "y": 30, "w": 60, "h": 50, "names": ["hand"], "synsets": []},
+        {"object_id": 9, "x": 0, "y": 0, "w": 5, "h": 5, "names": ["dragon"], "synsets": []},
+    ]  # fmt: skip
+    table = {"object_id": 5, "x": 0, "y": 50, "w": 200, "h": 50, "name": "table", "synsets": []}
+    relations = [("Holds", entities[1], entities[0]), ("on", entities[0], table),
+                 ("eats", entities[2], entities[0])]  # fmt: skip
+    write_json(folder / "image_data.json", [{"image_id": 1, "width": 200, "height": 100}])
+    if whole:
+        rows = [
+            {"predicate": p, "subject_id": s["object_id"], "object_id": o["object_id"]}
+            for p, s, o in relations
+        ]
+        graph = {"image_id": 1, "objects": [*entities, table], "relationships": rows}
+        write_json(folder / "scene_graphs.json", [graph])
+    else:
+        rows = [{"predicate": p, "subject": s, "object": o} for p, s, o in relations]
+        write_json(folder / "objects.json", [{"image_id": 1, "objects": entities}])
+        write_json(folder / "relationships.json", [{"image_id": 1, "relationships": rows}])
+    (folder / "object_alias.txt").write_text("cup,mug,beaker\n")
+    (folder / "relationship_alias.txt").write_text("holding,holds\n")
+    return folder
+
+
+def gqa_graph():
+    names = {"1001": "cup", "1002": "hand", "1003": "table"}
+    objects = {}
+    for row, (number, name) in enumerate(names.items()):
+        x1, y1, x2, y2 = BOXES[0][row]
+        objects[number] = {
+            "name": name, "x": x1, "y": y1, "w": x2 - x1, "h": y2 - y1, "attributes": ["red"],
+            "relations": [],
+        }  # fmt: skip
+    objects["1001"]["relations"] = [{"name": "on", "object": "1003"}]
+    objects["1002"]["relations"] = [{"name": "holding", "object": "1001"}]
+    return {"n161313": {"width": 200, "height": 100, "objects": objects}}
+
+
+def gqa200_columns():
+    return {
+        "filenames_all": ["x/a.jpg", "x/b.jpg"],
+        "img_info_all": [{"width": w, "height": h} for w, h in SIZES],
+        "gt_boxes_all": BOXES,
+        "gt_classes_all": [[label + 1 for label in labels] for labels in LABELS],
+        "relationships_all": [[[s, o, p + 1] for s, o, p in rows] for rows in RELATIONS],
+    }
+
+
+def write_gqa200(folder):
+    write_json(
+        folder / "GQA_200_ID_Info.json",
+        {"ind_to_classes": ["__background__", *NAMES],
+         "ind_to_predicates": ["__background__", *PREDICATES]},
+    )  # fmt: skip
+    write_images(folder, ["a.jpg", "b.jpg"])
+    for part in ("Train", "Test"):
+        write_json(folder / f"GQA_200_{part}.json", gqa200_columns())
+    return folder
+
+
+def coco_rows(folder):
+    """The rows of a Hub data set with COCO columns, made of a folder of SGG-Benchmark."""
+    entries = json.loads((folder / "train" / "_annotations.coco.json").read_text())
+    columns = {
+        "objects": ("annotations", ("id", "category_id", "bbox", "area", "iscrowd")),
+        "relations": ("rel_annotations", ("id", "subject_id", "object_id", "predicate_id")),
+    }
+    rows = []
+    for image in entries["images"]:
+        row = {"image": str(folder / "train" / image["file_name"]), "image_id": image["id"]}
+        row |= {name: image[name] for name in ("width", "height", "file_name")}
+        for column, (name, fields) in columns.items():
+            of_image = [entry for entry in entries[name] if entry["image_id"] == image["id"]]
+            row[column] = [{field: entry[field] for field in fields} for entry in of_image]
+        rows.append(row)
+    return rows, {name: entries[name] for name in ("categories", "rel_categories")}

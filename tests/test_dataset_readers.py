@@ -5,18 +5,17 @@ import zipfile
 import datasets
 import numpy as np
 import pytest
+from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 
 import dataset_files as files
-from sgtr_hf.data.coco_reader import (
-    UnorderedAnnotationsError,
-    read_coco,
-    read_coco_rel,
-    read_coco_rel_annotations,
-)
-from sgtr_hf.data.dataset_formats import detect_format, open_dataset
+from sgtr_hf.data import parquet_reader
+from sgtr_hf.data.coco_grouping import UnorderedAnnotationsError
+from sgtr_hf.data.coco_reader import read_coco, read_coco_rel, read_coco_rel_annotations
+from sgtr_hf.data.dataset_formats import ReadOptions, open_dataset
+from sgtr_hf.data.format_detection import detect_format
 from sgtr_hf.data.gqa_reader import read_gqa, read_gqa200
-from sgtr_hf.data.open_images_reader import read_open_images, read_open_images_csv
+from sgtr_hf.data.open_images_reader import read_open_images
 from sgtr_hf.data.parquet_reader import read_coco_parquet
 from sgtr_hf.data.psg_reader import read_psg
 from sgtr_hf.data.record_source import DropReport
@@ -131,33 +130,19 @@ def test_open_images(tmp_path):
 
 
 def test_open_images_csv(tmp_path):
-    files.write_images(tmp_path / "images", ["a.jpg", "b.jpg"])
-    (tmp_path / "oidv6-class-descriptions.csv").write_text("/m/c,cup\n/m/h,hand\n/m/t,table\n")
-    codes = ["/m/c", "/m/h", "/m/t"]
-    lines = ["ImageID,LabelName1,LabelName2,XMin1,XMax1,YMin1,YMax1,XMin2,XMax2,YMin2,YMax2,"
-             "RelationshipLabel"]  # fmt: skip
-    for row, name in enumerate("ab"):
-        width, height = files.SIZES[row]
-        for ends, predicate in [(r[:2], r[2]) for r in files.RELATIONS[row]]:
-            fields = [codes[files.LABELS[row][end]] for end in ends]
-            for end in ends:
-                x1, y1, x2, y2 = files.BOXES[row][end]
-                fields += [x1 / width, x2 / width, y1 / height, y2 / height]
-            lines.append(",".join(map(str, [name, *fields, files.PREDICATES[predicate]])))
-    # An attribute, which is not a relation.
-    lines.append("b,/m/c,/m/Wooden,0.1,0.5,0.1,0.5,0.1,0.5,0.1,0.5,is")
-    path = tmp_path / "oidv6-train-annotations-vrd.csv"
-    path.write_text("\n".join(lines) + "\n")
-    source = read_open_images_csv(
-        path, tmp_path / "oidv6-class-descriptions.csv", tmp_path / "images"
-    )
+    path = files.write_open_images_csv(tmp_path)
+    assert detect_format(path).name == "open-images-csv"
+    source = open_dataset(path, options=ReadOptions(images=[tmp_path / "images"]))
     assert source.predicate_names == files.PREDICATES
-    first, second = source.checked()
+    report = DropReport()
+    first, second = source.checked(report=report)
+    assert report.left_out == {"attributes (is)": 1}
     # Entities come in the order of the relations: hand, cup, table.
     assert [entity["label"] for entity in first["objects"]] == [1, 0, 2]
     np.testing.assert_allclose(first["objects"][1]["bbox"], files.BOXES[0][0])
     assert first["relations"][1] == {"subject": 1, "object": 2, "predicate": 1}
     assert len(second["relations"]) == 1
+    lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines, lines[1]]) + "\n")
     with pytest.raises(ValueError, match="image a are not together"):
         list(source)
@@ -228,50 +213,27 @@ def test_vg150_files_must_belong_together(tmp_path):
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_raw_visual_genome_uses_aliases(tmp_path, whole):
-    entities = [
-        {"object_id": 7, "x": 10, "y": 20, "w": 40, "h": 40, "names": ["Mug."], "synsets": []},
-        {"object_id": 8, "x": 30, "y": 30, "w": 60, "h": 50, "names": ["hand"], "synsets": []},
-        {"object_id": 9, "x": 0, "y": 0, "w": 5, "h": 5, "names": ["dragon"], "synsets": []},
-    ]
-    table = {"object_id": 5, "x": 0, "y": 50, "w": 200, "h": 50, "name": "table", "synsets": []}
-    image = {"image_id": 1, "width": 200, "height": 100}
-    relations = [("Holds", entities[1], entities[0]), ("on", entities[0], table),
-                 ("eats", entities[2], entities[0])]  # fmt: skip
-    files.write_json(tmp_path / "image_data.json", [image])
-    if whole:
-        rows = [
-            {"predicate": p, "subject_id": s["object_id"], "object_id": o["object_id"]}
-            for p, s, o in relations
-        ]
-        graph = {"image_id": 1, "objects": [*entities, table], "relationships": rows}
-        files.write_json(tmp_path / "scene_graphs.json", [graph])
-    else:
-        rows = [{"predicate": p, "subject": s, "object": o} for p, s, o in relations]
-        files.write_json(tmp_path / "objects.json", [{"image_id": 1, "objects": entities}])
-        files.write_json(tmp_path / "relationships.json", [{"image_id": 1, "relationships": rows}])
-    (tmp_path / "object_alias.txt").write_text("cup,mug,beaker\n")
-    (tmp_path / "relationship_alias.txt").write_text("holding,holds\n")
-    source = read_visual_genome(tmp_path, files.NAMES, files.PREDICATES)
-    (record,) = source.checked()
+    folder = files.write_visual_genome(tmp_path, whole=whole)
+    assert detect_format(folder).name == "visual-genome"
+    source = read_visual_genome(folder, files.NAMES, files.PREDICATES, attribute_names=["red"])
+    report = DropReport()
+    (record,) = source.checked(report=report)
     assert_known(record, 0)
-
-
-def gqa_graph():
-    names = {"1001": "cup", "1002": "hand", "1003": "table"}
-    objects = {}
-    for row, (number, name) in enumerate(names.items()):
-        x1, y1, x2, y2 = files.BOXES[0][row]
-        objects[number] = {
-            "name": name, "x": x1, "y": y1, "w": x2 - x1, "h": y2 - y1, "attributes": [],
-            "relations": [],
-        }  # fmt: skip
-    objects["1001"]["relations"] = [{"name": "on", "object": "1003"}]
-    objects["1002"]["relations"] = [{"name": "holding", "object": "1001"}]
-    return {"n161313": {"width": 200, "height": 100, "objects": objects}}
+    assert [entity["attributes"] for entity in record["objects"]] == [[0], [], []]
+    assert report.left_out == {
+        "entities with names beyond the vocabulary": 1,
+        "relations with names beyond the vocabulary": 1,
+    }
+    with pytest.raises(ValueError, match="needs `vocabulary`"):
+        open_dataset(folder)
+    listed = [{"image_id": number, "width": 200, "height": 100} for number in (1, 2)]
+    files.write_json(folder / "image_data.json", listed)
+    with pytest.raises(ValueError, match=r"differ at image 2.*of one version\?"):
+        list(source)
 
 
 def test_gqa_relations_hang_on_their_subjects(tmp_path):
-    path = files.write_json(tmp_path / "train_sceneGraphs.json", gqa_graph())
+    path = files.write_json(tmp_path / "train_sceneGraphs.json", files.gqa_graph())
     assert detect_format(path).name == "gqa"
     source = read_gqa(path, tmp_path)
     assert (source.entity_names, source.predicate_names) == (files.NAMES, files.PREDICATES)
@@ -279,7 +241,7 @@ def test_gqa_relations_hang_on_their_subjects(tmp_path):
     assert record["image_id"] == "n161313"
     relations = {tuple(relation.values()) for relation in record["relations"]}
     assert relations == {(1, 0, 0), (0, 2, 1)}
-    broken = gqa_graph()
+    broken = files.gqa_graph()
     broken["n161313"]["objects"]["1001"]["relations"][0]["object"] = "77"
     files.write_json(path, broken)
     with pytest.raises(
@@ -288,107 +250,132 @@ def test_gqa_relations_hang_on_their_subjects(tmp_path):
         list(read_gqa(path, tmp_path).checked())
 
 
-def test_gqa200_counts_from_1(tmp_path):
-    files.write_json(
-        tmp_path / "GQA_200_ID_Info.json",
-        {"ind_to_classes": ["__background__", *files.NAMES],
-         "ind_to_predicates": ["__background__", *files.PREDICATES]},
-    )  # fmt: skip
-    files.write_images(tmp_path, ["a.jpg", "b.jpg"])
-    files.write_json(
-        tmp_path / "GQA_200_Train.json",
-        {
-            "filenames_all": ["x/a.jpg", "x/b.jpg"],
-            "img_info_all": [{"width": w, "height": h} for w, h in files.SIZES],
-            "gt_boxes_all": files.BOXES,
-            "gt_classes_all": [[label + 1 for label in labels] for labels in files.LABELS],
-            "relationships_all": [[[s, o, p + 1] for s, o, p in rows] for rows in files.RELATIONS],
-        },
-    )
-    assert detect_format(tmp_path).name == "gqa200"
-    assert_source(read_gqa200(tmp_path, "train"))
-
-
-def test_the_first_record_comes_without_reading_the_rest(tmp_path):
-    """The files are cut off after their beginnings: whoever read on would fail."""
-    entry = {
-        "img_fn": "a", "img_size": [200, 100], "bbox": files.BOXES[0],
-        "det_labels": files.LABELS[0], "rel": files.RELATIONS[0],
-    }  # fmt: skip
-    folder = files.write_open_images(tmp_path / "oi")
-    path = folder / "annotations" / "vrd-train-anno.json"
-    with path.open("w") as file:
-        file.write("[" + ",\n".join([json.dumps(entry)] * 100_000) + ",{broken")
-    source = read_open_images(folder, "train")
-    assert_known(next(iter(source)), 0)
-    with pytest.raises(ValueError, match="100000 entries were read before"):
-        list(source)
-
-    path = files.write_psg(tmp_path / "psg")
-    entries = json.loads(path.read_text())
-    data = entries.pop("data")
-    with path.open("w") as file:
-        file.write(json.dumps(entries)[:-1] + ', "data": [')
-        file.write(",".join([json.dumps(data[0])] * 100_000))
-    source = read_psg(path)
-    assert_known(next(iter(source)), 0)
-    with pytest.raises(ValueError, match="100000 entries were read before"):
-        list(source)
-
-
-def test_a_relation_to_a_missing_entity_is_an_error_or_counted(tmp_path):
-    folder = files.write_open_images(tmp_path)
-    path = folder / "annotations" / "vrd-train-anno.json"
-    entries = json.loads(path.read_text())
-    entries[1]["rel"].append([0, 5, 0])
-    entries[1]["bbox"][0] = [50, 0, 40, 10]
-    files.write_json(path, entries)
-    source = read_open_images(folder, "train")
-    with pytest.raises(ValueError, match=r"Image b: `objects\[0\]\.bbox`.*1 good records"):
-        list(source.checked())
+def test_gqa_leaves_out_what_no_vocabulary_names(tmp_path):
+    path = files.write_json(tmp_path / "train_sceneGraphs.json", files.gqa_graph())
+    vocabulary = {"labels": ["hand", "cup"], "predicates": ["holding"], "attributes": ["red"]}
+    options = ReadOptions([tmp_path], files.write_json(tmp_path / "names.json", vocabulary))
     report = DropReport()
-    _, second = source.checked("drop", report)
-    assert second["relations"] == []
-    assert [entity["label"] for entity in second["objects"]] == [2]
-    assert report.counts == {
-        "objects with a wrong bbox": 1, "relations with a wrong object": 1,
-        "relations of dropped objects": 1,
-    }  # fmt: skip
+    (record,) = open_dataset(tmp_path, "train", "gqa", options).checked(report=report)
+    assert [entity["label"] for entity in record["objects"]] == [1, 0]
+    assert [entity["attributes"] for entity in record["objects"]] == [[0], [0]]
+    assert record["relations"] == [{"subject": 1, "object": 0, "predicate": 0}]
+    assert set(report.left_out.values()) == {1}
+    assert detect_format(path).name == detect_format(tmp_path).name == "gqa"
 
 
-def test_hub_columns_of_coco_parquet(tmp_path):
-    folder = files.write_coco_rel_annotations(tmp_path / "coco", 1)
-    entries = json.loads((folder / "train" / "_annotations.coco.json").read_text())
-    rows = []
-    for image in entries["images"]:
-        objects = [
-            {name: a[name] for name in ("id", "category_id", "bbox", "area", "iscrowd")}
-            for a in entries["annotations"]
-            if a["image_id"] == image["id"]
-        ]
-        relations = [
-            {name: r[name] for name in ("id", "subject_id", "object_id", "predicate_id")}
-            for r in entries["rel_annotations"]
-            if r["image_id"] == image["id"]
-        ]
-        rows.append(
-            {"image": str(folder / "train" / image["file_name"]), "image_id": image["id"],
-             "width": image["width"], "height": image["height"], "file_name": image["file_name"],
-             "objects": objects, "relations": relations}
-        )  # fmt: skip
+def test_gqa200_counts_from_1(tmp_path):
+    folder = files.write_gqa200(tmp_path)
+    assert detect_format(folder).name == "gqa200"
+    assert_source(read_gqa200(folder, "train"))
+    (only,) = read_gqa200(folder, "validation", num_validation=1)
+    assert_known(only, 0)
+    columns = files.gqa200_columns()
+    columns["relationships_all"][0] = []
+    files.write_json(folder / "GQA_200_Test.json", columns)
+    report = DropReport()
+    (second,) = read_gqa200(folder, "test").checked(report=report)
+    assert_known(second, 1)
+    assert report.left_out == {"images without boxes or relations": 1}
+    files.write_json(folder / "GQA_200_Test.json", columns | {"gt_boxes_all": files.BOXES[:1]})
+    with pytest.raises(ValueError, match="`gt_boxes_all` has 1 entries"):
+        list(read_gqa200(folder, "test"))
+
+
+def test_gqa200_skips_one_entry_of_the_test_file(tmp_path, monkeypatch):
+    folder = files.write_gqa200(tmp_path)
+    monkeypatch.setattr("sgtr_hf.data.gqa_reader._SKIPPED_ENTRY", 0)
+    (only,) = read_gqa200(folder, "test")
+    assert_known(only, 1)
+    assert len(list(read_gqa200(folder, "train"))) == 2
+
+
+@pytest.mark.parametrize("base", [0, 1])
+@pytest.mark.parametrize("as_lists", [False, True], ids=["entries", "lists"])
+def test_hub_columns_of_coco_parquet(tmp_path, base, as_lists):
+    folder = files.write_coco_rel_annotations(tmp_path / "coco", base)
+    rows, names = files.coco_rows(folder)
+    if as_lists:
+        for row in rows:
+            for column in ("objects", "relations"):
+                keys = row[column][0]
+                row[column] = {key: [entry[key] for entry in row[column]] for key in keys}
     target = tmp_path / "parquet"
     target.mkdir()
     dataset = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
     dataset.to_parquet(target / "train-00000-of-00001.parquet")
     with pytest.raises(ValueError, match="names of"):
         read_coco_parquet(target, "train")
-    names = {name: entries[name] for name in ("categories", "rel_categories")}
     files.write_json(target / "categories.json", names)
     assert detect_format(target).name == "coco-parquet"
-    records = list(read_coco_parquet(target, "train").checked())
-    for row, record in enumerate(records):
+    source = read_coco_parquet(target, "train")
+    assert source.count == 2
+    for row, record in enumerate(source.checked()):
         assert_known(record, row)
         assert record["image"]["bytes"] is not None or record["image"]["path"]
+
+
+def test_names_of_a_hub_data_set_come_from_its_repository(tmp_path, monkeypatch):
+    """The stream stands in for the Hub, of which only the download of one file is asked."""
+    rows, names = files.coco_rows(files.write_coco_rel_annotations(tmp_path / "coco", 1))
+    stream = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    downloaded = []
+
+    def download(repository, name, repo_type):
+        downloaded.append((repository, name, repo_type))
+        return str(files.write_json(tmp_path / "categories.json", names))
+
+    monkeypatch.setattr(parquet_reader, "load_stream", lambda *_: stream.to_iterable_dataset())
+    monkeypatch.setattr(parquet_reader.huggingface_hub, "hf_hub_download", download)
+    records = list(read_coco_parquet("someone/scenes-coco-format", "train").checked())
+    assert_known(records[1], 1)
+    assert downloaded == [("someone/scenes-coco-format", "categories.json", "dataset")]
+
+    def missing(*_, **__):
+        raise EntryNotFoundError("no such file")
+
+    monkeypatch.setattr(parquet_reader.huggingface_hub, "hf_hub_download", missing)
+    with pytest.raises(ValueError, match="names of someone/scenes"):
+        read_coco_parquet("someone/scenes-coco-format", "train")
+    described = stream.to_iterable_dataset()
+    described.info.description = json.dumps(names)
+    monkeypatch.setattr(parquet_reader, "load_stream", lambda *_: described)
+    assert read_coco_parquet("someone/scenes", "train").predicate_names == files.PREDICATES
+
+
+def test_relations_at_the_end_of_a_large_file_are_seen(tmp_path):
+    """A file read as plain COCO would lose its relations without a word."""
+    folder = files.write_coco_rel_annotations(tmp_path, 1)
+    path = folder / "train" / "_annotations.coco.json"
+    entries = json.loads(path.read_text())
+    last = {name: entries.pop(name) for name in ("categories", "rel_categories", "rel_annotations")}
+    entries["images"][0]["note"] = "x" * 200_000
+    files.write_json(path, entries | last)
+    assert detect_format(path).name == "coco-rel-annotations"
+    assert_source(open_dataset(folder))
+
+
+@pytest.mark.parametrize("layout", ["train2017", "folders"])
+def test_folders_of_coco_files(tmp_path, layout):
+    content = {
+        "images": files.coco_images(["a.jpg", "b.jpg"]), "annotations": files.coco_annotations(1),
+        "categories": [{"id": i + 1, "name": name} for i, name in enumerate(files.NAMES)],
+    }  # fmt: skip
+    if layout == "folders":
+        files.write_images(tmp_path / "valid", ["a.jpg", "b.jpg"])
+        files.write_json(tmp_path / "valid" / "_annotations.coco.json", content)
+    else:
+        files.write_images(tmp_path / "val2017", ["a.jpg", "b.jpg"])
+        files.write_json(tmp_path / "annotations" / "instances_val2017.json", content)
+    assert detect_format(tmp_path, "validation").name == "coco"
+    first = next(open_dataset(tmp_path, "validation").checked(pictures=True))
+    assert [entity["bbox"] for entity in first["objects"]] == files.BOXES[0]
+
+
+def test_val_and_validation_are_one_split(tmp_path):
+    folder = files.write_coco_rel(tmp_path / "reltr")
+    assert_source(open_dataset(folder, "validation"))
+    vg = files.write_vg150(tmp_path / "vg")
+    assert open_dataset(vg, "val").count == 3
 
 
 def test_unknown_formats_are_errors_with_a_remedy(tmp_path):

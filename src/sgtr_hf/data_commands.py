@@ -30,8 +30,7 @@ def _convert_split(options: argparse.Namespace, split: str, writer: Any) -> None
     for index in (options.index, True):
         report = load_data_module("record_source").DropReport()
         source = open_source(options, split, index=index)
-        on_error = "drop" if options.drop else "raise"
-        records = source.checked(on_error, report, pictures=not options.no_embed)
+        records = source.checked("drop" if options.drop else "raise", report, pictures=True)
         try:
             count = writer.write(
                 source, show_progress(records, source), options.target, target_split, **settings

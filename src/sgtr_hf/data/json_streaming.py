@@ -124,6 +124,9 @@ def _guarded(path: Path, open_items: Any) -> Iterator[Any]:
                 yield item
                 count += 1
         except ijson.JSONError as error:
+            # The other lines draw an arrow below the place.
+            reason = str(error).partition("\n")[0]
             raise ValueError(
-                f"{path} is not JSON, or ends too early: {error}; {count} entries were read before."
+                f"{path} is not JSON, or ends too early: {reason}; {count} entries were read "
+                "before."
             ) from error

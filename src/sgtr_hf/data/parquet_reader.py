@@ -7,6 +7,7 @@ from typing import Any
 
 import datasets
 import huggingface_hub
+import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
@@ -35,7 +36,7 @@ def read_parquet(path: str | Path, split: str) -> RecordSource:
     attributes = entity["attributes"].feature.names if "attributes" in entity else ()
 
     def records(reading: Reading) -> Iterator[Record]:
-        return reading.records(stream.decode(False), _whole, lambda row: row["image_id"])
+        return reading.records(_rows(stream, path), _whole, lambda row: row["image_id"])
 
     return RecordSource(
         list(id2label.values()),
@@ -76,7 +77,7 @@ def read_coco_parquet(
 
     def records(reading: Reading) -> Iterator[Record]:
         return reading.records(
-            stream.decode(False),
+            _rows(stream, path),
             lambda row: _record(row, labels, predicates),
             lambda row: row["image_id"],
         )
@@ -107,9 +108,30 @@ def _count(path: str | Path, split: str, stream: datasets.IterableDataset) -> in
     """The number of rows, where the ends of the shards or the data set's card say it."""
     shards = list(Path(path).glob(f"{split}-*.parquet")) if Path(path).is_dir() else []
     if shards:
-        return sum(pq.read_metadata(shard).num_rows for shard in shards)
+        return sum(_num_rows(shard) for shard in shards)
     info = (stream.info.splits or {}).get(split)
     return None if info is None else info.num_examples or None
+
+
+def _num_rows(shard: Path) -> int:
+    try:
+        return int(pq.read_metadata(shard).num_rows)
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{shard} is not a readable Parquet file: {error}") from error
+
+
+def _rows(stream: datasets.IterableDataset, path: str | Path) -> Iterator[dict[str, Any]]:
+    """Yield rows whose pictures stay encoded."""
+    count = 0
+    try:
+        for row in stream.decode(False):
+            yield row
+            count += 1
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(
+            f"{path}: a shard cannot be read: {' '.join(str(error).split())}; {count} rows were "
+            "read before."
+        ) from error
 
 
 def _whole(row: dict[str, Any]) -> Record:

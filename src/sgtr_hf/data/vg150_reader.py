@@ -136,19 +136,19 @@ def _chosen_images(
     import h5py
 
     with h5py.File(annotations, "r") as file:
-        num_rows = len(file["split"])
-    chosen = set(rows.tolist())
+        is_chosen = np.zeros(len(file["split"]), dtype=np.bool_)
+    is_chosen[rows] = True
     count = 0
     for image in stream_items(image_data, "item"):
         if image["image_id"] in MISSING_IMAGES:
             continue
-        if count in chosen:
+        if count < len(is_chosen) and is_chosen[count]:
             yield count, image
         count += 1
-    if count != num_rows:
+    if count != len(is_chosen):
         raise ValueError(
             f"{image_data} lists {count} images (without the four broken ones), but {annotations} "
-            f"has {num_rows}; they do not belong together."
+            f"has {len(is_chosen)}; they do not belong together."
         )
 
 
