@@ -1,9 +1,12 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from sgtr_hf.boxes import box_cxcywh_to_xyxy, box_iou
-from sgtr_hf.post_processing import LINKS, detect_objects, find_scene_graphs
+from make_fixtures import FIXTURES
+from recorded_triplets import assert_kept
+from sgtr_hf.boxes import box_cxcywh_to_xyxy, box_iou, scale_boxes
+from sgtr_hf.post_processing import LINKS, LegacyRules, detect_objects, find_scene_graphs
 
 
 NUM_ENTITIES, NUM_QUERIES, NUM_CLASSES, NUM_PREDICATES = 8, 12, 3, 4
@@ -195,3 +198,34 @@ def test_unified_assembling_takes_the_best_pairs_of_each_query():
                 found[key] = max(found.get(key, 0.0), total)
     best = sorted(found.values(), reverse=True)[:5]
     np.testing.assert_allclose(graph.relation_scores, best, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vg", "oiv6"])
+def test_the_release_kept_the_same_triplets(name):
+    recorded = load_file(FIXTURES / f"triplets_{name}.safetensors")
+    labels = recorded["entities.labels"].long()
+    classes = torch.zeros(1, len(labels), labels.max() + 1)
+    classes[0, torch.arange(len(labels)), labels] = recorded["entities.scores"]
+    logits = recorded["prediction.pred_rel_logits"]
+    outputs = {
+        "entity_probabilities": classes,
+        "pred_boxes": recorded["prediction.pred_boxes"],
+        "predicate_probabilities": logits.sigmoid()
+        if name == "vg"
+        else logits.softmax(-1)[..., 1:],
+    }
+    for role in ("subject", "object"):
+        links = recorded[f"links.{role}"].long()
+        scores = torch.zeros(1, len(logits[0]), len(labels))
+        outputs[f"{role}_scores"] = scores.scatter(
+            2, links, torch.tensor([3.0, 2, 1]).expand_as(links)
+        )
+    rules = LegacyRules(1e-3, True, True, True, single_predicate=name == "oiv6")
+    sizes = recorded["target_sizes"]
+    (graph,) = find_scene_graphs(outputs, sizes, top_k=300, legacy=rules)
+    corners = box_cxcywh_to_xyxy(outputs["pred_boxes"], 1e-3)
+    kept = recorded["kept.triplets"].long()
+    kept[:, 2] = recorded["kept.predicates"].long() - 1
+    assert_kept(
+        graph, scale_boxes(corners, sizes)[0].numpy(), kept.numpy(), recorded["kept.scores"].numpy()
+    )

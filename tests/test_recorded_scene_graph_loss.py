@@ -114,10 +114,8 @@ def test_last_level_equals_the_original(name):
         object_scores=scores_from_top(tensors, "obj") if name == "vg" else torch.zeros(0),
     )
     if name == "vg":
-        entities = load_file(FIXTURES / "losses_sgtr_vg_entities.safetensors")
-        found = legacy_triplet_matching(
-            config, predictions, entities["pred_logits"], entities["pred_boxes"], annotations
-        )
+        entities = (tensors["output.pred_logits"], tensors["output.pred_boxes"])
+        found = legacy_triplet_matching(config, predictions, *entities, annotations)
         assert torch.equal(found, matches)
     losses = scene_graph_losses(config, predictions, TripletAssignment(annotations, matches))
     head = "loss_rel_focal" if name == "vg" else "loss_rel_ce"

@@ -1,7 +1,5 @@
 """Matching and losses of triplets against slow references, invariants and the original SGTR."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -17,7 +15,6 @@ from sgtr_hf.losses.triplet_predictions import TripletPredictions
 from triplet_matching_reference import match_triplets
 
 
-FIXTURES = Path(__file__).parent / "fixtures"
 NUM_CLASSES, NUM_PREDICATES = 4, 3
 LEGACY = {
     "legacy_triplet_matching": True,
