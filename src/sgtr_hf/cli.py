@@ -1,7 +1,6 @@
 """The `sgtr-hf` command: pictures to scene graphs, training data, original checkpoints."""
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,6 +12,8 @@ from ._version import __version__
 from .auto import DEFAULT_CHECKPOINT, TASK
 from .configuration.configuration_sgtr import SgtrConfig
 from .data_commands import add_data_commands
+from .evaluation_commands import add_evaluation_commands
+from .graph_output import GraphOutput
 from .scene_graph import SceneGraph
 
 
@@ -36,26 +37,25 @@ def predict(options: argparse.Namespace) -> int:
     from transformers import pipeline
 
     generate = pipeline(TASK, model=_model_folder(options.model))
-    results, broken = {}, 0
-    for path in paths:
-        # One broken file must not lose the graphs of the others.
-        try:
-            graph = generate(
-                path,
-                threshold=options.threshold,
-                top_k=options.top_k,
-                graph_constraint=options.graph_constraint,
-            )
-        except (OSError, ValueError, UnidentifiedImageError) as error:
-            print(f"{path}: {error}", file=sys.stderr)
-            broken += 1
-            continue
-        results[path] = graph
-        _print_graph(path, graph)
-        if options.draw:
-            _draw(path, graph, _numbered(options.draw, path, len(paths)))
-    if options.output:
-        _write(options.output, results)
+    config, broken = generate.model.config, 0
+    with GraphOutput(options.output, paths, config.id2label, config.id2predicate) as output:
+        for path in paths:
+            # One broken file must not lose the graphs of the others.
+            try:
+                graph = generate(
+                    path,
+                    threshold=options.threshold,
+                    top_k=options.top_k,
+                    graph_constraint=options.graph_constraint,
+                )
+            except (OSError, ValueError, UnidentifiedImageError) as error:
+                print(f"{path}: {error}", file=sys.stderr)
+                broken += 1
+                continue
+            output.add(path, graph)
+            _print_graph(path, graph)
+            if options.draw:
+                _draw(path, graph, _numbered(options.draw, path, len(paths)))
     return 2 if broken else 0
 
 
@@ -167,6 +167,7 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser("convert-checkpoint", help="read the weights of an original")
     )
     add_data_commands(commands)
+    add_evaluation_commands(commands)
     _add_query_slots(commands.add_parser("query-slots", help="draw what each query looks for"))
     _add_attention(commands.add_parser("attention", help="draw where queries look in a picture"))
     return parser
@@ -178,7 +179,11 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", default=DEFAULT_CHECKPOINT, help="folder or Hub id; the shipped one by default"
     )
-    parser.add_argument("--output", type=Path, help="write the graphs as JSON to this file")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="write the graphs to this file, as JSON, or Parquet if it ends so",
+    )
     parser.add_argument("--draw", type=Path, help="draw each graph into this image file")
     parser.add_argument("--top-k", type=_positive, default=20, help="most relations a picture")
     parser.add_argument("--threshold", type=_probability, default=0.1, help="least relation score")
@@ -336,10 +341,3 @@ def _draw(image: str, graph: SceneGraph, output: Path) -> None:
 
     picture: Image.Image = load_image(image)
     draw_scene_graph(picture, graph).save(output)
-
-
-def _write(output: Path, graphs: dict[str, SceneGraph]) -> None:
-    """One picture: its graph; several: a dictionary from path to graph."""
-    dictionaries = {path: graph.to_dict() for path, graph in graphs.items()}
-    content = next(iter(dictionaries.values())) if len(dictionaries) == 1 else dictionaries
-    output.write_text(json.dumps(content, indent=2) + "\n")

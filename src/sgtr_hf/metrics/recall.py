@@ -189,10 +189,11 @@ class SceneGraphRecall:
             - "rarity_R": share of all triplets, each weighted by 1 / (1 + its count in training)
               (Knyazev et al., BMVC 2020).
 
-            Without "@K": "per_predicate": {"R@K": {predicate: recall}} of the annotated ones;
-            "precision" on request (see `report_precision`); the settings "protocol", "mode" and
-            "unit"; and the counts "num_images" (averaged over), "num_images_without_relations"
-            (left out), "num_images_without_predictions" (left out or 0, as the protocol says),
+            Without "@K": "per_predicate": {"R@K": {predicate: recall}} of the annotated ones, with
+            "num_annotated"; "groups": {"head": predicates}; "precision" on request (see
+            `report_precision`); the settings "protocol", "mode" and "unit"; and the counts
+            "num_images" (averaged over), "num_images_without_relations" (left out),
+            "num_images_without_predictions" (left out or 0, as the protocol says),
             "num_relations", "num_predictions", "num_repeated_annotations",
             "num_repeated_predictions", "num_predicates" (averaged over) and
             "num_predicates_annotated". A mean over nothing is NaN.

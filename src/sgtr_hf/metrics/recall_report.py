@@ -119,7 +119,7 @@ def report_recalls(
     vocabulary: Vocabulary,
     kinds: ReportKinds,
 ) -> dict[str, Any]:
-    """Return every recall by name, and "per_predicate": {"R@K": {predicate: recall}}.
+    """Return every recall by name, "per_predicate" and "groups".
 
     Names are explained in `SceneGraphRecall.compute`.
     """
@@ -147,7 +147,15 @@ def report_recalls(
             per_predicate[f"{prefix}R@{k}"] = {
                 vocabulary.name(predicate): value for predicate, value in by_predicate.items()
             }
-    return report | {"per_predicate": per_predicate}
+    counts = averages.count_of_predicate
+    per_predicate["num_annotated"] = {
+        vocabulary.name(predicate): count for predicate, count in counts.items()
+    }
+    groups = {
+        name: [vocabulary.name(predicate) for predicate in members]
+        for name, members in vocabulary.groups_of(counts).items()
+    }
+    return report | {"per_predicate": per_predicate, "groups": groups}
 
 
 def _means_of_predicates(
