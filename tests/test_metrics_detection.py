@@ -182,5 +182,66 @@ def test_state_holds_plain_arrays():
     metric = DetectionAccuracy()
     metric.update([entities([LARGE], [3], [0.25])], [NOTHING])
     state = metric.state_dict()
-    assert np.array_equal(state["detections"], [[0, 3, 0.25, *LARGE]])
-    assert state["references"].shape == (0, 7)
+    assert np.array_equal(state["detections"], [[0, 3, 0.25, *LARGE, 0]])
+    assert state["references"].shape == (0, 8)
+
+
+def test_detections_in_a_crowd_are_neither_right_nor_wrong():
+    crowd = entities([LARGE, [110, 110, 150, 150]], [0, 0]) | {"iscrowd": torch.tensor([1, 0])}
+    prediction = entities([SMALL, [110, 110, 150, 150]], [0, 0], [0.9, 0.5])
+    assert compute([prediction], [crowd])["AP"] == pytest.approx(1)
+    assert compute([prediction], [crowd | {"iscrowd": torch.tensor([0, 0])}])["AP"] < 0.5
+
+
+def test_scores_that_are_not_numbers_are_an_error():
+    with pytest.raises(ValueError, match=r"Image 1.*finite"):
+        DetectionAccuracy().update(
+            [NOTHING, entities([LARGE], [0], [float("nan")])], [NOTHING, NOTHING]
+        )
+
+
+def test_which_process_saw_which_image_does_not_matter():
+    predictions, references = random_images()
+    # Ties over images: their order would count.
+    predictions = [one | {"scores": torch.full_like(one["scores"], 0.5)} for one in predictions]
+    whole = compute(predictions, references)
+    odd, even = DetectionAccuracy(), DetectionAccuracy()
+    odd.update(predictions[1::2], references[1::2])
+    even.update(predictions[::2], references[::2])
+    odd.merge(even)
+    assert odd.compute() == whole
+    odd.reset()
+    odd.update(predictions, references)
+    assert odd.compute() == whole
+
+
+def test_accuracy_equals_the_librarys_own_tool():
+    faster_coco_eval = pytest.importorskip("faster_coco_eval")
+    predictions, references = random_images(20)
+    images = [{"id": number} for number in range(20)]
+    categories = [{"id": number, "name": str(number)} for number in range(1, 4)]
+    annotations, results = [], []
+    for image, (predicted, annotated) in enumerate(zip(predictions, references, strict=True)):
+        for entries, rows in ((predicted, results), (annotated, annotations)):
+            for row, (box, label) in enumerate(
+                zip(entries["boxes"], entries["labels"], strict=True)
+            ):
+                x1, y1, x2, y2 = box.double().tolist()
+                width, height = x2 - x1, y2 - y1
+                rows.append(
+                    {
+                        "image_id": image, "category_id": int(label) + 1,
+                        "bbox": [x1, y1, width, height], "area": width * height, "iscrowd": 0,
+                        "id": len(rows) + 1,
+                        **({"score": float(entries["scores"][row])} if rows is results else {}),
+                    }
+                )  # fmt: skip
+    truth = faster_coco_eval.COCO(
+        {"images": images, "categories": categories, "annotations": annotations}
+    )
+    tool = faster_coco_eval.COCOeval_faster(truth, truth.loadRes(results), iouType="bbox")
+    tool.evaluate()
+    tool.accumulate()
+    tool.summarize()
+    report = compute(predictions, references)
+    assert [report[name] for name in NUMBERS] == pytest.approx(list(tool.stats[:12]), abs=1e-9)

@@ -27,12 +27,19 @@ AREAS = ("all", "small", "medium", "large")
 class DetectionAccuracy:
     """Average precision and recall of detections over overlaps of 0.5 to 0.95.
 
+    Keeps a row of eight numbers for each detection and each annotated entity; counting takes the
+    library's memory, which grows with images times classes.
+
     Args:
         id2label: Names for the report, where a class without name is its number.
     """
 
     def __init__(self, id2label: Mapping[int, str] | None = None) -> None:
         self.id2label = dict(id2label or {})
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all images."""
         self._num_images = 0
         self._detections: list[AnyArray] = []
         self._references: list[AnyArray] = []
@@ -45,10 +52,11 @@ class DetectionAccuracy:
                 pixels, "labels" (E,) from 0 and "scores" (E,), as the post-processing returns it.
                 At most the best 100 of a class count.
             references: The annotated entities of the same images in the same pixels; "scores" are
-                not needed.
+                not needed. Where "iscrowd" (T,) says 1, detections inside are neither right nor
+                wrong.
 
         Raises:
-            ValueError: If the lengths differ.
+            ValueError: If the lengths differ, or a number is not finite.
         """
         if len(predictions) != len(references):
             raise ValueError(
@@ -95,7 +103,7 @@ class DetectionAccuracy:
         Raises:
             ImportError: If faster-coco-eval is not installed.
         """
-        state = self.state_dict()
+        state = _in_order_of_content(self.state_dict())
         classes = np.unique(state["references"][:, LABEL]).astype(np.int64)
         precision, recall = _evaluate(state, classes)
         return {
@@ -112,29 +120,53 @@ class DetectionAccuracy:
         }
 
 
-# Columns of the tables: image number, label, score, x1, y1, x2, y2.
-NUM_COLUMNS = 7
-IMAGE, LABEL, SCORE = 0, 1, 2
-FIRST_COORDINATE = 3
+# Columns of the tables: image number, label, score, x1, y1, x2, y2, whether it is a crowd.
+NUM_COLUMNS = 8
+IMAGE, LABEL, SCORE, CROWD = 0, 1, 2, 7
+CORNERS = slice(3, 7)
 
 
 def _table(entities: Detections, image: int, *, with_scores: bool) -> AnyArray:
     """Write the entities of one image as rows of seven numbers."""
-    boxes: AnyArray
-    scores: AnyArray
     if isinstance(entities, SceneGraph):
-        boxes, labels, scores = entities.boxes_xyxy, entities.labels, entities.scores
+        table = np.zeros((entities.num_entities, NUM_COLUMNS))
+        table[:, CORNERS], table[:, LABEL] = entities.boxes_xyxy, entities.labels
+        table[:, SCORE] = entities.scores
     else:
-        boxes, labels = _to_numpy(entities["boxes"]), _to_numpy(entities["labels"])
-        scores = np.ones(len(labels))
-        if with_scores:
-            scores = _to_numpy(entities["scores"])
-    table = np.empty((len(labels), NUM_COLUMNS))
+        table = np.zeros((len(entities["labels"]), NUM_COLUMNS))
+        table[:, CORNERS] = _to_numpy(entities["boxes"]).reshape(-1, 4)
+        table[:, LABEL] = _to_numpy(entities["labels"])
+        table[:, SCORE] = _to_numpy(entities["scores"]) if with_scores else 1
+        if "iscrowd" in entities and not with_scores:
+            table[:, CROWD] = _to_numpy(entities["iscrowd"])
+    if not np.isfinite(table).all():
+        raise ValueError(
+            f"Image {image}: boxes, labels and scores must be finite, got NaN or infinity."
+        )
     table[:, IMAGE] = image
-    table[:, LABEL] = labels
-    table[:, SCORE] = scores
-    table[:, FIRST_COORDINATE:] = boxes.reshape(-1, 4)
     return table
+
+
+def _in_order_of_content(state: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+    """Number the images anew, so that it does not matter which process saw which.
+
+    Of detections of equal scores, those of the first image count first.
+    """
+    tables = [state["detections"], state["references"]]
+    numbers = np.arange(int(state["num_images"]))
+    ends = [np.searchsorted(table[:, IMAGE], numbers, "right") for table in tables]
+    parts = [
+        np.split(table[:, IMAGE + 1 :], end[:-1]) for table, end in zip(tables, ends, strict=True)
+    ]
+    contents = [b"|".join(part.tobytes() for part in image) for image in zip(*parts, strict=True)]
+    new_number = np.zeros(len(numbers), dtype=np.int64)
+    new_number[sorted(numbers, key=lambda number: contents[number])] = numbers
+    ordered = {"num_images": state["num_images"]}
+    for name, table in zip(("detections", "references"), tables, strict=True):
+        table = table.copy()
+        table[:, IMAGE] = new_number[table[:, IMAGE].astype(np.int64)] if len(table) else 0
+        ordered[name] = table[np.argsort(table[:, IMAGE], kind="stable")]
+    return ordered
 
 
 def _to_numpy(values: Tensor) -> AnyArray:
@@ -181,8 +213,8 @@ def _evaluate(
 
 def _annotations(table: AnyArray) -> list[dict[str, Any]]:
     """Write rows as COCO annotations; ids and categories count from 1 there."""
-    sizes = table[:, FIRST_COORDINATE + 2 :] - table[:, FIRST_COORDINATE : FIRST_COORDINATE + 2]
-    boxes_xywh = np.concatenate((table[:, FIRST_COORDINATE : FIRST_COORDINATE + 2], sizes), axis=1)
+    corners = table[:, CORNERS]
+    boxes_xywh = np.concatenate((corners[:, :2], corners[:, 2:] - corners[:, :2]), axis=1)
     return [
         {
             "id": number + 1,
@@ -191,7 +223,7 @@ def _annotations(table: AnyArray) -> list[dict[str, Any]]:
             "score": float(row[SCORE]),
             "bbox": box,
             "area": box[2] * box[3],
-            "iscrowd": 0,
+            "iscrowd": int(row[CROWD]),
         }
         for number, (row, box) in enumerate(zip(table, boxes_xywh.tolist(), strict=True))
     ]
