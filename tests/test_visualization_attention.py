@@ -7,7 +7,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 import sgtr_hf.cli
-from conftest import small_detector_config
+from conftest import small_config, small_detector_config
 from sgtr_hf import SgtrDetrForObjectDetection, SgtrForSceneGraphGeneration, SgtrImageProcessor
 from sgtr_hf.modeling.attention_recording import record_attention
 from sgtr_hf.visualization.attention_maps import (
@@ -60,11 +60,20 @@ def test_heat_maps_hold_all_the_attention(graph_model, processor, picture):
     assert panels[0].boxes.shape == (1, 4)
 
 
-def test_a_triplet_has_three_panels(graph_model, processor, picture):
+@pytest.mark.parametrize("generator", ["structural", "spatial_aware"])
+def test_a_triplet_has_three_panels(generator, processor, picture):
+    torch.manual_seed(0)
+    config = small_config(predicate_node_generator=generator, attn_implementation="eager")
+    graph_model = SgtrForSceneGraphGeneration(config).eval()
     panels = triplet_attention(graph_model, processor, picture, queries=[3])
+    subject, predicate, object_ = panels
     assert [panel.title.split()[0] for panel in panels] == ["subject", "predicate", "object"]
-    assert panels[0].weights.sum() == pytest.approx(1, abs=1e-4)
-    assert panels[1].heat.sum() == pytest.approx(1, abs=1e-4)
+    for role in (subject, object_):
+        assert role.weights.sum() == pytest.approx(1, abs=1e-4)
+    assert predicate.heat.sum() == pytest.approx(1, abs=1e-4)
+    # The predicate's panel shows what the other two look at most.
+    looked_at = [role.boxes[role.weights.argmax()] for role in (subject, object_)]
+    np.testing.assert_array_equal(predicate.boxes, looked_at)
     drawing = np.asarray(draw_attention(picture, panels))
     # Three panels are drawn, not three empty frames.
     third = drawing.shape[1] // 3
@@ -98,6 +107,22 @@ def test_slots_are_counted_by_kind():
     assert (first["occupancy"], second["occupancy"]) == (0.75, 0)
     with pytest.raises(ValueError, match="small_area"):
         slot_statistics(QuerySlots(boxes, occupied), small_area=2)
+
+
+def test_slots_are_drawn_in_the_colours_of_the_paper():
+    boxes = np.zeros((6, 3, 4), dtype=np.float32)
+    boxes[..., :2] = 0.5
+    boxes[:, 0, 2:], boxes[:, 1, 2:], boxes[:, 2, 2:] = 0.1, (0.9, 0.5), (0.5, 0.9)
+    slots = QuerySlots(boxes, np.ones((6, 3), dtype=bool))
+    drawing = np.asarray(draw_query_slots(slots)).astype(int)
+    # The middle of each panel; below are the legend and its points.
+    middle = drawing[: drawing.shape[0] * 3 // 4]
+    thirds = np.array_split(middle, 3, axis=1)
+    # Small: green; large and wide: red; large and high: blue.
+    for panel, channel in zip(thirds, (1, 0, 2), strict=True):
+        colored = panel[panel.max(-1) - panel.min(-1) > 60]
+        assert len(colored) > 10
+        assert (colored.argmax(-1) == channel).mean() > 0.95
 
 
 @pytest.mark.parametrize("classification", ["softmax", "focal"])

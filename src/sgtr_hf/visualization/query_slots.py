@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 from PIL import Image
 from transformers import BaseImageProcessor, PreTrainedModel
@@ -19,6 +20,9 @@ SMALL_AREA = 0.1
 COLUMNS = 5
 _COLORS = {"small": "tab:green", "horizontal": "tab:red", "vertical": "tab:blue"}
 _INCHES = 1.6
+# Of the legend and of the titles; points of a few images are larger than those of thousands.
+_FONT_SIZE, _LEGEND_INCHES = 7, 0.35
+_POINT_AREA, _SMALLEST_POINT, _LARGEST_POINT = 600.0, 1.0, 14.0
 
 
 class QuerySlots(NamedTuple):
@@ -103,22 +107,27 @@ def draw_query_slots(
     """
     if num_slots < 1:
         raise ValueError(f"`num_slots` must be at least 1, got {num_slots}.")
-    num_slots = min(num_slots, slots.boxes.shape[1])
+    num_images, num_queries, _ = slots.boxes.shape
+    num_slots = min(num_slots, num_queries)
     columns = min(COLUMNS, num_slots)
     rows = -(-num_slots // columns)
-    figure = Figure(figsize=(_INCHES * columns, _INCHES * rows), dpi=120)
+    height = _INCHES * rows + _LEGEND_INCHES
+    figure = Figure(figsize=(_INCHES * columns, height), dpi=120)
     canvas = FigureCanvasAgg(figure)
-    figure.subplots_adjust(0.01, 0.01, 0.99, 0.96, wspace=0.06, hspace=0.2)
+    bottom, top = _LEGEND_INCHES / height, 1 - 0.15 / height
+    figure.subplots_adjust(0.01, bottom, 0.99, top, wspace=0.06, hspace=0.2)
     kinds = _kinds(slots, small_area)
+    area = float(np.clip(_POINT_AREA / num_images, _SMALLEST_POINT, _LARGEST_POINT))
     for query, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
         axes.set(xlim=(0, 1), ylim=(1, 0), xticks=[], yticks=[], aspect="equal")
         if query >= num_slots:
             axes.set_axis_off()
             continue
-        axes.set_title(f"query {query}", fontsize=7, pad=2)
+        axes.set_title(f"query {query}", fontsize=_FONT_SIZE, pad=2)
         for kind, color in _COLORS.items():
             shown = slots.boxes[kinds[:, query] == kind, query]
-            axes.scatter(shown[:, 0], shown[:, 1], s=2, color=color, linewidths=0)
+            axes.scatter(shown[:, 0], shown[:, 1], s=area, color=color, linewidths=0)
+    _add_legend(figure, small_area)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
@@ -131,6 +140,18 @@ def write_slot_statistics(path: Path, slots: QuerySlots, small_area: float = SMA
         "queries": slot_statistics(slots, small_area),
     }
     path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _add_legend(figure: Figure, small_area: float) -> None:
+    meanings = (f"under {small_area:.3g} of the image", "larger, wide", "larger, high")
+    points = [
+        Line2D([], [], marker="o", linestyle="", color=color, markersize=4)
+        for color in _COLORS.values()
+    ]
+    figure.legend(
+        points, meanings, loc="lower center", ncols=len(points), fontsize=_FONT_SIZE,
+        frameon=False, borderpad=0.2, handletextpad=0.2,
+    )  # fmt: skip
 
 
 def _kinds(slots: QuerySlots, small_area: float) -> NDArray[np.str_]:
