@@ -10,12 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ..predicate_groups import group_by_frequency
 from .record_source import Record, RecordSource
 
 
-# Head, body and tail are the predicates that make up the first half of all relations, the next
-# part up to this share, and the rest; papers fix such groups by hand for VG150 and Open Images.
-HEAD_SHARE, BODY_SHARE = 0.5, 0.9
 # Areas in pixels below which COCO calls an entity small, or medium.
 _AREA_LIMITS = {"small": 32**2, "medium": 96**2, "large": float("inf")}
 _GROUP_COLORS = {"head": "tab:red", "body": "tab:orange", "tail": "tab:blue"}
@@ -73,14 +71,8 @@ class DatasetStatistics:
 
     def groups(self) -> dict[str, list[int]]:
         """Split the predicates into head, body and tail by their share of all relations."""
-        total = max(self.predicates.total(), 1)
-        groups: dict[str, list[int]] = {"head": [], "body": [], "tail": []}
-        share = 0.0
-        for predicate in _ranked(self.predicates, len(self.source.predicate_names)):
-            name = "head" if share < HEAD_SHARE else "body" if share < BODY_SHARE else "tail"
-            groups[name if self.predicates[predicate] else "tail"].append(predicate)
-            share += self.predicates[predicate] / total
-        return groups
+        numbers = range(len(self.source.predicate_names))
+        return group_by_frequency([self.predicates[number] for number in numbers])
 
     def __str__(self) -> str:
         """Write the counts as text."""
