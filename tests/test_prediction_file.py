@@ -96,6 +96,23 @@ def test_a_folder_of_shards_is_read_in_order(tmp_path):
         PredictionFile(tmp_path)
 
 
+def test_reading_takes_no_more_memory_for_longer_files(tmp_path):
+    generator = np.random.default_rng(0)
+    predicates = {number: str(number) for number in range(50)}
+    relations = np.array([[0, 1, 0]] * 40)
+    path = tmp_path / "long.parquet"
+    with PredictionWriter(path, ID2LABEL, predicates, distributions=True) as writer:
+        for number in range(8 * GROUP_IMAGES):
+            graph = SceneGraph(
+                [[0, 0, 9, 9], [1, 1, 8, 8]], [0, 1], [1, 1], relations, np.ones(40), (10, 10),
+                predicate_distributions=generator.random((40, 50)),
+            )  # fmt: skip
+            writer.write(str(number), graph)
+    assert path.stat().st_size > 3e6
+    before = pa.total_allocated_bytes()
+    assert max(pa.total_allocated_bytes() - before for _ in PredictionFile(path)) < 2e6
+
+
 def test_an_interrupted_writer_leaves_nothing(tmp_path):
     graph = random_graphs(1)[0]
     path = tmp_path / "graphs.parquet"

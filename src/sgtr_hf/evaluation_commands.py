@@ -167,11 +167,9 @@ def _training_triplets(options: argparse.Namespace, *, index: bool) -> TrainingT
     if options.train_split is None:
         return None if unseen is None else TrainingTriplets(unseen[:0], unseen=unseen)
     source = open_source(options, options.train_split, index=index)
-    graph_of_record = load_data_module("record_graphs").graph_of_record
+    graphs = load_data_module("record_graphs").RecordGraphs(source, masks=False)
     records = show_progress(source.checked("drop" if options.drop else "raise"), source)
-    return count_training_triplets(
-        (graph_of_record(record, source, masks=False) for record in records), unseen
-    )
+    return count_training_triplets(map(graphs.graph, records), unseen)
 
 
 def _check_names(predictions: Any, source: Any, path: Path) -> None:

@@ -232,7 +232,8 @@ class PredictionFile:
         """
         number = 0
         for path in self.paths:
-            file = pq.ParquetFile(path)
+            # What is read ahead would stay in memory to the end of the file.
+            file = pq.ParquetFile(path, pre_buffer=False)
             columns = [name for name in ("image", *_COLUMNS) if name in file.schema_arrow.names]
             for batch in file.iter_batches(GROUP_IMAGES, columns=columns):
                 for prediction in self._read(batch, f"{path}: record", number):
