@@ -108,9 +108,9 @@ def test_reading_takes_no_more_memory_for_longer_files(tmp_path):
                 predicate_distributions=generator.random((40, 50)),
             )  # fmt: skip
             writer.write(str(number), graph)
-    assert path.stat().st_size > 3e6
+    assert path.stat().st_size > 6e6
     before = pa.total_allocated_bytes()
-    assert max(pa.total_allocated_bytes() - before for _ in PredictionFile(path)) < 2e6
+    assert max(pa.total_allocated_bytes() - before for _ in PredictionFile(path)) < 5e6
 
 
 def test_an_interrupted_writer_leaves_nothing(tmp_path):
