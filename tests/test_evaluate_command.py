@@ -11,11 +11,13 @@ from PIL import Image
 from sgtr_hf.cli import main
 from sgtr_hf.data.dataset_writers import write_coco_rel_annotations, write_parquet
 from sgtr_hf.data.prediction_file import PredictionFile, PredictionWriter
+from sgtr_hf.data.psg_reader import encode_mask
 from sgtr_hf.data.record_source import RecordSource
 from sgtr_hf.metrics.detection import DetectionAccuracy
 from sgtr_hf.metrics.open_images import OpenImagesScore
 from sgtr_hf.metrics.recall import Measured, SceneGraphRecall
 from sgtr_hf.metrics.training_triplets import count_training_triplets
+from sgtr_hf.scene_graph import SceneGraph
 from slow_evaluation import random_images
 from test_pipeline import make_picture
 
@@ -321,3 +323,39 @@ def test_predict_wants_one_name_a_picture(checkpoint_folder, tmp_path, capsys):
     options = ["--model", str(checkpoint_folder), "--output", str(tmp_path / "graphs.parquet")]
     assert main(["predict", *pictures, *options]) == 2
     assert "2 pictures are called same" in capsys.readouterr().err
+
+
+def test_masks_are_compared_instead_of_boxes(tmp_path):
+    masks = np.zeros((3, 40, 60), dtype=np.bool_)
+    for row in range(3):
+        masks[row, 12 * row : 12 * row + 10, 5:17] = True
+    boxes = [[5, 12 * row, 17, 12 * row + 10] for row in range(3)]
+    Image.new("RGB", (60, 40)).save(tmp_path / "picture.png")
+    record = {
+        "image": {"path": str(tmp_path / "picture.png"), "bytes": None},
+        "image_id": "1", "width": 60, "height": 40,
+        "objects": [
+            {"id": row, "bbox": boxes[row], "label": row,
+             "mask": {"bytes": encode_mask(masks[row]), "path": None}}
+            for row in range(3)
+        ],
+        "relations": [
+            {"subject": 0, "object": 1, "predicate": 0},
+            {"subject": 1, "object": 2, "predicate": 1},
+        ],
+    }  # fmt: skip
+    source = RecordSource(LABELS, PREDICATES, lambda _: iter([record]), "memory", has_masks=True)
+    write_parquet(source, [record], tmp_path / "shards", "test")
+    # The box of the third entity is right, its mask is not.
+    moved = masks.copy()
+    moved[2] = masks[0]
+    graph = SceneGraph(
+        boxes, [0, 1, 2], [1, 1, 1], [[0, 1, 0], [1, 2, 1]], [0.9, 0.8], (40, 60), masks=moved
+    )
+    path = tmp_path / "masks.parquet"
+    with PredictionWriter(path, NAMES["id2label"], NAMES["id2predicate"], masks=True) as out:
+        out.write("1", graph)
+    for options, recall in (((), 1), (("--match-masks",), 0.5)):
+        output = tmp_path / "report.json"
+        assert run(path, tmp_path / "shards", "--output", output, *options) == 0
+        assert json.loads(output.read_text())["recall"]["R@20"] == recall
