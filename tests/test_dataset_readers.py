@@ -253,9 +253,10 @@ def test_gqa_relations_hang_on_their_subjects(tmp_path):
 def test_gqa_leaves_out_what_no_vocabulary_names(tmp_path):
     path = files.write_json(tmp_path / "train_sceneGraphs.json", files.gqa_graph())
     vocabulary = {"labels": ["hand", "cup"], "predicates": ["holding"], "attributes": ["red"]}
-    options = ReadOptions([tmp_path], files.write_json(tmp_path / "names.json", vocabulary))
+    names = files.write_json(tmp_path / "names.json", vocabulary)
+    options = ReadOptions([tmp_path], names, format_name="gqa")
     report = DropReport()
-    (record,) = open_dataset(tmp_path, "train", "gqa", options).checked(report=report)
+    (record,) = open_dataset(tmp_path, "train", options).checked(report=report)
     assert [entity["label"] for entity in record["objects"]] == [1, 0]
     assert [entity["attributes"] for entity in record["objects"]] == [[0], [0]]
     assert record["relations"] == [{"subject": 1, "object": 0, "predicate": 0}]
@@ -385,4 +386,4 @@ def test_unknown_formats_are_errors_with_a_remedy(tmp_path):
     with pytest.raises(ValueError, match=r"folder.*--from"):
         detect_format(tmp_path)
     with pytest.raises(ValueError, match="must be one of parquet"):
-        open_dataset(path, "train", "yolo")
+        open_dataset(path, "train", ReadOptions(format_name="yolo"))

@@ -13,7 +13,7 @@ from conftest import small_detector_config
 from sgtr_hf import SgtrDetrForObjectDetection
 from sgtr_hf.data.schema import scene_graph_features, vocabularies
 from sgtr_hf.data.training_augmentation import Annotation, Augmentation, augment, make_swaps
-from sgtr_hf.data.training_dataset import SceneGraphDataset, check_record, load_split
+from sgtr_hf.data.training_dataset import SceneGraphDataset, check_annotations, load_split
 from sgtr_hf.training.backbone_weights import load_efficientnet_lite0_weights
 from sgtr_hf.training.checkpoints import list_checkpoints
 from sgtr_hf.training.loop import Trainer
@@ -255,17 +255,17 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone(data_folder):
 @pytest.mark.parametrize(
     ("column", "row", "field"),
     [
-        ("objects", {"id": 0, "bbox": [0, 0, 1, 1], "label": 3}, "objects.label"),
-        ("relations", {"subject": 2, "object": 0, "predicate": 0}, "relations.subject"),
-        ("relations", {"subject": 0, "object": -1, "predicate": 0}, "relations.object"),
-        ("relations", {"subject": 0, "object": 1, "predicate": 9}, "relations.predicate"),
+        ("objects", {"id": 0, "bbox": [0, 0, 1, 1], "label": 3}, r"objects\[1\]\.label"),
+        ("relations", {"subject": 2, "object": 0, "predicate": 0}, r"relations\[0\]\.subject"),
+        ("relations", {"subject": 0, "object": -1, "predicate": 0}, r"relations\[0\]\.object"),
+        ("relations", {"subject": 0, "object": 1, "predicate": 9}, r"relations\[0\]\.predicate"),
     ],
 )
 def test_wrong_records_name_image_and_field(column, row, field):
     record = make_record(5)
     record[column] = [*record[column][:1], row] if column == "objects" else [row]
     with pytest.raises(ValueError, match=rf"image-5.*{field}"):
-        check_record(record, len(ENTITIES), len(PREDICATES))
+        check_annotations([record], len(ENTITIES), len(PREDICATES))
 
 
 def test_vocabularies_come_back():

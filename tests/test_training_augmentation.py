@@ -1,9 +1,19 @@
+import logging
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 
-from sgtr_hf.data.training_augmentation import Annotation, Augmentation, augment, crop, flip
-from sgtr_hf.data.training_dataset import check_record
+from sgtr_hf.data.training_augmentation import (
+    Annotation,
+    Augmentation,
+    augment,
+    crop,
+    find_swaps,
+    flip,
+    resize,
+)
+from sgtr_hf.data.training_dataset import check_annotations
 from tiny_training_run import ENTITIES, PREDICATES, squares_record
 
 
@@ -91,5 +101,103 @@ def test_light_changes_pixels_and_nothing_else(picture, annotation):
 def test_boxes_without_area_in_the_image_are_errors(box):
     record = squares_record(3)
     record["objects"][1]["bbox"] = box
-    with pytest.raises(ValueError, match=r"squares-3: `objects\.bbox`.*64 x 64"):
-        check_record(record, len(ENTITIES), len(PREDICATES))
+    with pytest.raises(ValueError, match=r"squares-3: `objects\[1\]\.bbox`.*64 x 64"):
+        check_annotations([record], len(ENTITIES), len(PREDICATES))
+
+
+def augment_with_pil(image, annotation, augmentation, generator):
+    """Mirror, crop and light once more, with Pillow and numpy alone."""
+    boxes, labels, relations = annotation
+    if generator.uniform() < augmentation.flip_probability:
+        image = ImageOps.mirror(image)
+        boxes = np.stack([image.width - boxes[:, 2], boxes[:, 1], image.width - boxes[:, 0],
+                          boxes[:, 3]], axis=1)  # fmt: skip
+        predicates = [augmentation.flip_swaps.get(p, p) for p in relations[:, 2].tolist()]
+        relations = np.column_stack((relations[:, :2], predicates))
+    share = generator.uniform(augmentation.least_crop, 1)
+    width, height = (max(round(side * share), 1) for side in image.size)
+    left = int(generator.integers(image.width - width + 1))
+    top = int(generator.integers(image.height - height + 1))
+    moved = (boxes - [left, top, left, top]).clip(0, [width, height, width, height])
+    areas = [np.prod(b[:, 2:] - b[:, :2], axis=1) for b in (boxes, moved)]
+    kept = [i for i in range(len(boxes)) if areas[1][i] > 0 and areas[1][i] >= 0.3 * areas[0][i]]
+    if kept:
+        image = image.crop((left, top, left + width, top + height))
+        boxes, labels = moved[kept], labels[kept]
+        rows = [row for row in relations.tolist() if row[0] in kept and row[1] in kept]
+        rows = [[kept.index(s), kept.index(o), p] for s, o, p in rows]
+        relations = np.array(rows, dtype=np.int64).reshape(-1, 3)
+    low, high = 1 - augmentation.brightness, 1 + augmentation.brightness
+    image = ImageEnhance.Brightness(image).enhance(generator.uniform(low, high))
+    return ImageEnhance.Contrast(image).enhance(generator.uniform(low, high)), (
+        boxes, labels, relations,
+    )  # fmt: skip
+
+
+def test_torchvision_does_what_pillow_did_to_the_last_bit(picture, annotation):
+    """Trained models, and cached features, depend on every number drawn in its order."""
+    settings = Augmentation(0.5, {0: 1, 1: 0}, brightness=0.4, least_crop=0.4)
+    for seed in range(30):
+        image, changed = augment(picture, annotation, settings, np.random.default_rng(seed))
+        expected, others = augment_with_pil(
+            picture, annotation, settings, np.random.default_rng(seed)
+        )
+        assert image.tobytes() == expected.tobytes()
+        for array, other in zip(changed, others, strict=True):
+            assert array.dtype == other.dtype
+            assert array.tobytes() == other.tobytes()
+
+
+def test_a_box_at_the_right_border_gets_a_true_zero(picture, annotation):
+    _, changed = flip(picture, annotation, {})
+    assert changed.boxes[2, 0] == 0
+    assert not np.signbit(changed.boxes[2, 0])
+
+
+def test_the_resize_ladder_scales_boxes_and_keeps_the_limit(picture, annotation):
+    image, changed = resize(picture, annotation, 40, 100)
+    assert image.size == (60, 40)
+    np.testing.assert_allclose(changed.boxes, annotation.boxes * 2)
+    image, changed = resize(picture, annotation, 40, 45)
+    assert image.size == (45, 30)
+    np.testing.assert_allclose(changed.boxes, annotation.boxes * 1.5)
+    settings = Augmentation(resize_sides=(10, 20, 30))
+    sides = {
+        min(augment(picture, annotation, settings, np.random.default_rng(seed))[0].size)
+        for seed in range(30)
+    }
+    assert sides == {10, 20, 30}
+
+
+def test_crops_come_with_their_probability(picture, annotation):
+    settings = Augmentation(least_crop=0.5, crop_probability=0.25)
+    generator = np.random.default_rng(0)
+    sizes = [augment(picture, annotation, settings, generator)[0].size for _ in range(400)]
+    assert 0.2 < np.mean([size != picture.size for size in sizes]) < 0.3
+
+
+@pytest.mark.parametrize("field", ["saturation", "hue"])
+def test_colors_change_pixels_and_nothing_else(picture, annotation, field):
+    settings = Augmentation(**{field: 0.4})
+    image, changed = augment(picture, annotation, settings, np.random.default_rng(0))
+    assert image.tobytes() != picture.tobytes()
+    assert changed is annotation
+    gray = picture.convert("L").convert("RGB")
+    image, _ = augment(gray, annotation, settings, np.random.default_rng(0))
+    assert image.tobytes() == gray.tobytes()
+
+
+def test_left_and_right_are_found_by_name(caplog):
+    names = ["on", "to the left of", "Right of", "left of", "to the right of", "left hand in",
+             "bright", "right_of", "left_of"]  # fmt: skip
+    with caplog.at_level(logging.INFO):
+        swaps = find_swaps(dict(enumerate(names)))
+    assert swaps == {1: 4, 4: 1, 2: 3, 3: 2, 7: 8, 8: 7}
+    assert (
+        "swaps the predicates to the left of / to the right of, Right of / left of" in caplog.text
+    )
+    (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert "no counterparts of the predicates left hand in" in warning.getMessage()
+    caplog.clear()
+    assert find_swaps({0: "on", 1: "wearing"}) == {}
+    assert not caplog.records

@@ -4,6 +4,7 @@ Importing the package registers its models with the Auto classes of transformers
 as `pipeline("scene-graph")`.
 """
 
+from . import data
 from ._version import __version__
 from .auto import AutoModelForSceneGraphGeneration, register
 from .configuration.configuration_dino_vit import DinoVitConfig
@@ -46,4 +47,5 @@ __all__ = [
     "SgtrImageProcessorPil",
     "SgtrModel",
     "__version__",
+    "data",
 ]

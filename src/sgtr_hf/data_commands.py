@@ -214,8 +214,9 @@ def open_source(options: argparse.Namespace, split: str, *, index: bool) -> Any:
         masks=options.masks,
         predicate_offset=options.predicate_offset,
         without_relations=options.all_images,
+        format_name=name,
     )
-    return formats.open_dataset(options.source, split, name, read_options)
+    return formats.open_dataset(options.source, split, read_options)
 
 
 def show_progress(records: Any, source: Any) -> Iterator[Any]:

@@ -28,6 +28,7 @@ class ReadOptions(NamedTuple):
         masks: Read masks, where the format has any.
         predicate_offset: Number of the first predicate of a `rel.json`, if not recognised.
         without_relations: Also images of VG150 that have entities alone.
+        format_name: A key of `FORMATS`; recognised if None.
     """
 
     images: Sequence[Path] = ()
@@ -36,6 +37,7 @@ class ReadOptions(NamedTuple):
     masks: bool = False
     predicate_offset: int | None = None
     without_relations: bool = False
+    format_name: str | None = None
 
     @property
     def image_folder(self) -> Path | None:
@@ -157,25 +159,20 @@ def split_name(split: str, format_name: str) -> str:
 
 
 def open_dataset(
-    path: str | Path,
-    split: str = "train",
-    format_name: str | None = None,
-    options: ReadOptions | None = None,
+    path: str | Path, split: str = "train", options: ReadOptions | None = None
 ) -> RecordSource:
     """Open a split of a data set in any known format.
 
     Args:
         path: A file, a folder or, for Parquet, a Hub id.
         split: Its name; "validation" and "val" are one. Formats of one file a split ignore it.
-        format_name: A key of `FORMATS`; recognised if None.
         options: What the format needs beside them.
 
     Raises:
         ValueError: If the format is not known or not recognised, or a file is wrong.
     """
-    if format_name is None:
-        format_name = detect_format(path, split).name
-    if format_name not in FORMATS:
-        raise ValueError(f"`format` must be one of {', '.join(FORMATS)}, got {format_name!r}.")
-    split = split_name(split, format_name)
-    return FORMATS[format_name](Path(path), split, options or ReadOptions())
+    options = options or ReadOptions()
+    name = options.format_name or detect_format(path, split).name
+    if name not in FORMATS:
+        raise ValueError(f"`format` must be one of {', '.join(FORMATS)}, got {name!r}.")
+    return FORMATS[name](Path(path), split_name(split, name), options)

@@ -1,15 +1,26 @@
-"""Random changes of annotated training images: mirror, crop, light.
+"""Random changes of annotated training images: mirror, crop, light and colour, size.
+
+Pictures and boxes go through torchvision.transforms.v2 together; the random numbers come from the
+caller's generator, so that an image's changes can be repeated.
 
 T annotated entities, R annotated relations.
 """
 
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional
+
+
+logger = logging.getLogger(__name__)
 
 
 class Annotation(NamedTuple):
@@ -33,6 +44,13 @@ class Augmentation:
         brightness: Largest relative change of brightness and of contrast.
         least_crop: Least side of a random crop, as a share of the image's; 1 does not crop.
         least_visible: Entities of which a crop shows a smaller share of the area are dropped.
+        crop_probability: Share of images that are cropped.
+        saturation: Largest relative change of saturation.
+        hue: Largest turn of the hue, as a share of the colour circle, at most 0.5.
+        resize_sides: Lengths in pixels of which the shorter side gets one; none leaves the size
+            to the image processor.
+        resize_longest_side: Limit of the longer side, above all `resize_sides`; where it would be
+            exceeded, the shorter side gets shorter.
     """
 
     flip_probability: float = 0.0
@@ -40,6 +58,11 @@ class Augmentation:
     brightness: float = 0.0
     least_crop: float = 1.0
     least_visible: float = 0.3
+    crop_probability: float = 1.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    resize_sides: tuple[int, ...] = ()
+    resize_longest_side: int = 1333
 
 
 def augment(
@@ -48,15 +71,18 @@ def augment(
     augmentation: Augmentation,
     generator: np.random.Generator,
 ) -> tuple[Image.Image, Annotation]:
-    """Change an image at random, and its annotation with it."""
+    """Change an image at random, and its annotation with it.
+
+    What is switched off draws no number, so that it leaves what the others draw as it was.
+    """
     if generator.uniform() < augmentation.flip_probability:
         image, annotation = flip(image, annotation, augmentation.flip_swaps)
-    if augmentation.least_crop < 1:
+    if augmentation.least_crop < 1 and _happens(augmentation.crop_probability, generator):
         image, annotation = _crop_randomly(image, annotation, augmentation, generator)
-    if augmentation.brightness > 0:
-        low, high = 1 - augmentation.brightness, 1 + augmentation.brightness
-        image = ImageEnhance.Brightness(image).enhance(float(generator.uniform(low, high)))
-        image = ImageEnhance.Contrast(image).enhance(float(generator.uniform(low, high)))
+    image = _change_colors(image, augmentation, generator)
+    if augmentation.resize_sides:
+        side = int(generator.choice(augmentation.resize_sides))
+        image, annotation = resize(image, annotation, side, augmentation.resize_longest_side)
     return image, annotation
 
 
@@ -64,11 +90,13 @@ def flip(
     image: Image.Image, annotation: Annotation, swaps: Mapping[int, int]
 ) -> tuple[Image.Image, Annotation]:
     """Mirror left and right; predicates in `swaps` become others."""
-    boxes, relations = annotation.boxes.copy(), annotation.relations.copy()
-    boxes[:, [0, 2]] = image.width - boxes[:, [2, 0]]
+    boxes = functional.horizontal_flip(_boxes_on(image, annotation))
+    relations = annotation.relations.copy()
     predicates = relations[:, 2].tolist()
     relations[:, 2] = [swaps.get(predicate, predicate) for predicate in predicates]
-    return ImageOps.mirror(image), Annotation(boxes, annotation.labels, relations)
+    # The mirror makes -0.0 of the right border.
+    flipped = Annotation(boxes.numpy() + 0.0, annotation.labels, relations)
+    return functional.horizontal_flip(image), flipped
 
 
 def crop(
@@ -86,15 +114,30 @@ def crop(
         least_visible: Least share of an entity's area that must be inside.
     """
     left, top, right, bottom = window
-    boxes = annotation.boxes - np.array([left, top, left, top])
-    areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
-    boxes = boxes.clip(0, [right - left, bottom - top] * 2)
+    place = (top, left, bottom - top, right - left)
+    boxes = functional.crop(_boxes_on(image, annotation), *place).numpy()
+    areas = np.prod(annotation.boxes[:, 2:] - annotation.boxes[:, :2], axis=1)
     visible_areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
     is_kept = (visible_areas > 0) & (visible_areas >= least_visible * areas)
     new_rows = np.cumsum(is_kept) - 1
     relations = annotation.relations[is_kept[annotation.relations[:, :2]].all(axis=1)]
     relations = np.column_stack((new_rows[relations[:, :2]], relations[:, 2]))
-    return image.crop(window), Annotation(boxes[is_kept], annotation.labels[is_kept], relations)
+    cropped = functional.crop(image, *place)
+    return cropped, Annotation(boxes[is_kept], annotation.labels[is_kept], relations)
+
+
+def resize(
+    image: Image.Image, annotation: Annotation, shortest_side: int, longest_side: int
+) -> tuple[Image.Image, Annotation]:
+    """Bring the shorter side to a length, or the longer one to its limit where that is less.
+
+    Raises:
+        ValueError: If `longest_side` is not above `shortest_side`.
+    """
+    boxes = _boxes_on(image, annotation)
+    boxes = functional.resize(boxes, [shortest_side], max_size=longest_side)
+    resized = functional.resize(image, [shortest_side], max_size=longest_side)
+    return resized, annotation._replace(boxes=boxes.numpy())
 
 
 def make_swaps(pairs: Sequence[Sequence[str]], id2predicate: Mapping[int, str]) -> dict[int, int]:
@@ -114,6 +157,74 @@ def make_swaps(pairs: Sequence[Sequence[str]], id2predicate: Mapping[int, str]) 
         first, second = (ids[name] for name in pair)
         swaps |= {first: second, second: first}
     return swaps
+
+
+def find_swaps(id2predicate: Mapping[int, str]) -> dict[int, int]:
+    """Find the predicates that change places in the mirror, by "left" and "right" in their names.
+
+    Says which it found, and warns of those whose counterpart the vocabulary does not have: their
+    mirrored relations would be wrong.
+    """
+    ids = {name.lower(): index for index, name in id2predicate.items()}
+    swaps: dict[int, int] = {}
+    missing = []
+    for name, index in ids.items():
+        mirrored = _mirrored_name(name)
+        if mirrored == name:
+            continue
+        if mirrored in ids:
+            swaps[index] = ids[mirrored]
+        else:
+            missing.append(name)
+    pairs = [
+        f"{id2predicate[first]} / {id2predicate[second]}"
+        for first, second in swaps.items()
+        if first < second
+    ]
+    if pairs:
+        logger.info("A mirrored image swaps the predicates %s.", ", ".join(pairs))
+    if missing:
+        logger.warning(
+            "The vocabulary has no counterparts of the predicates %s. If they are directions, they "
+            "are wrong in mirrored images: set `flip_probability` to 0.",
+            ", ".join(missing),
+        )
+    return swaps
+
+
+def _mirrored_name(name: str) -> str:
+    other = {"left": "right", "right": "left"}
+    return re.sub(r"(?<![a-z])(left|right)(?![a-z])", lambda word: other[word.group()], name)
+
+
+def _happens(probability: float, generator: np.random.Generator) -> bool:
+    return probability >= 1 or generator.uniform() < probability
+
+
+def _boxes_on(image: Image.Image, annotation: Annotation) -> tv_tensors.BoundingBoxes:
+    return tv_tensors.BoundingBoxes(
+        torch.from_numpy(annotation.boxes),
+        format=tv_tensors.BoundingBoxFormat.XYXY,
+        canvas_size=(image.height, image.width),
+    )
+
+
+def _change_colors(
+    image: Image.Image, augmentation: Augmentation, generator: np.random.Generator
+) -> Image.Image:
+    if augmentation.brightness > 0:
+        image = functional.adjust_brightness(image, _factor(augmentation.brightness, generator))
+        image = functional.adjust_contrast(image, _factor(augmentation.brightness, generator))
+    if augmentation.saturation > 0:
+        image = functional.adjust_saturation(image, _factor(augmentation.saturation, generator))
+    if augmentation.hue > 0:
+        turn = float(generator.uniform(-augmentation.hue, augmentation.hue))
+        image = functional.adjust_hue(image, turn)
+    return image
+
+
+def _factor(largest_change: float, generator: np.random.Generator) -> float:
+    return float(generator.uniform(1 - largest_change, 1 + largest_change))
 
 
 def _crop_randomly(

@@ -1,21 +1,31 @@
 """Annotated images for training and evaluation, from any data set of the one schema."""
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import BaseImageProcessor
 
 from ..scene_graph import SceneGraph
+from .record_checks import find_problems
+from .resampling import Resampling, ResamplingSettings, predicates_of
 from .schema import vocabularies
 from .training_augmentation import Annotation, Augmentation, augment
+
+
+# What is known of an image without opening it.
+ANNOTATION_COLUMNS = ("image_id", "width", "height", "objects", "relations")
+_PICTURE = datasets.Image()
+# Sets the random numbers that choose relations apart from those of the augmentation.
+_OF_RELATIONS = 1
 
 
 class TrainingImage(NamedTuple):
@@ -26,6 +36,8 @@ class TrainingImage(NamedTuple):
     """COCO style, as the image processor takes it, with `relations`."""
     reference: SceneGraph
     """The annotation as a graph in pixels of the image."""
+    is_resized: bool = False
+    """Whether the image has the size that the model shall see."""
 
 
 class SceneGraphDataset(Dataset[TrainingImage]):
@@ -37,34 +49,62 @@ class SceneGraphDataset(Dataset[TrainingImage]):
     Args:
         split: Rows of `scene_graph_features`.
         augmentation: None for evaluation.
-        seed: Of the augmentation.
+        seed: Of augmentation and resampling.
+        resampling: How often images come in an epoch; each once if None.
+
+    Attributes:
+        epoch: Decides augmentation and resampling; set it before each pass.
     """
 
     def __init__(
-        self, split: datasets.Dataset, augmentation: Augmentation | None = None, seed: int = 0
+        self,
+        split: datasets.Dataset,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+        resampling: ResamplingSettings | None = None,
     ) -> None:
         self.id2label, self.id2predicate = vocabularies(split.features)
         self.split = split
         self.augmentation = augmentation
         self.seed = seed
         self.epoch = 0
+        self.resampling: Resampling | None = None
+        if resampling is not None:
+            self.resampling = Resampling(
+                predicates_of(split), len(self.id2predicate), resampling, seed
+            )
+        self._rows_of_epoch: tuple[int, NDArray[np.int64]] | None = None
+        # As Arrow, pictures stay encoded until they are wanted, and masks for good.
+        self._encoded = split.with_format("arrow")
 
     def __len__(self) -> int:
-        return len(self.split)
+        return len(self.split) if self.resampling is None else self.resampling.num_rows
 
     def __getitem__(self, index: int) -> TrainingImage:
-        record = self.split[index]
-        image, annotation = record["image"], _annotation(record)
-        if self.augmentation is not None:
-            generator = np.random.default_rng((self.seed, self.epoch, index))
-            # Palettes and the like cannot be brightened.
-            image = image.convert("RGB")
-            image, annotation = augment(image, annotation, self.augmentation, generator)
-        return TrainingImage(
-            image,
-            _coco_annotation(record["image_id"], annotation),
-            self._graph(annotation, (image.height, image.width)),
+        record = self._encoded[self._row(index)].to_pylist()[0]
+        annotation = annotation_of(record)
+        if self.resampling is not None:
+            generator = np.random.default_rng((self.seed, self.epoch, index, _OF_RELATIONS))
+            predicates = annotation.relations[:, 2]
+            stays = self.resampling.keep(self._row(index), predicates, generator)
+            annotation = annotation._replace(relations=annotation.relations[stays])
+        generator = np.random.default_rng((self.seed, self.epoch, index))
+        return make_training_image(
+            record, annotation, self.augmentation, generator, (self.id2label, self.id2predicate)
         )
+
+    @property
+    def num_images(self) -> int:
+        """Images of an epoch."""
+        return len(self)
+
+    def _row(self, index: int) -> int:
+        """The row of the split that a row of the epoch shows."""
+        if self.resampling is None:
+            return index
+        if self._rows_of_epoch is None or self._rows_of_epoch[0] != self.epoch:
+            self._rows_of_epoch = (self.epoch, self.resampling.rows(self.epoch))
+        return int(self._rows_of_epoch[1][index])
 
     def check(self) -> None:
         """Read all annotations, without opening an image, and reject what cannot be meant.
@@ -73,31 +113,75 @@ class SceneGraphDataset(Dataset[TrainingImage]):
             ValueError: If a label, a predicate or an index of an entity is out of range, or a box
                 has no area inside its image.
         """
-        for record in self.split.remove_columns("image"):
-            check_record(record, len(self.id2label), len(self.id2predicate))
+        sizes = (len(self.id2label), len(self.id2predicate))
+        check_annotations(self.split.select_columns(list(ANNOTATION_COLUMNS)), *sizes)
 
     def references(self) -> list[SceneGraph]:
         """Return all annotations as graphs, without opening an image."""
-        rows = self.split.remove_columns("image")
+        names = (self.id2label, self.id2predicate)
         return [
-            self._graph(_annotation(record), (record["height"], record["width"])) for record in rows
+            reference_graph(annotation_of(record), (record["height"], record["width"]), names)
+            for record in self.split.select_columns(list(ANNOTATION_COLUMNS))
         ]
 
-    def _graph(self, annotation: Annotation, size: tuple[int, int]) -> SceneGraph:
-        return SceneGraph(
-            boxes_xyxy=annotation.boxes.astype(np.float32),
-            labels=annotation.labels,
-            scores=np.ones(len(annotation.labels), dtype=np.float32),
-            relations=annotation.relations,
-            relation_scores=np.ones(len(annotation.relations), dtype=np.float32),
-            image_size=size,
-            id2label=self.id2label,
-            id2predicate=self.id2predicate,
-        )
+
+def make_training_image(
+    record: dict[str, Any],
+    annotation: Annotation,
+    augmentation: Augmentation | None,
+    generator: np.random.Generator,
+    names: tuple[dict[int, str], dict[int, str]],
+) -> TrainingImage:
+    """Decode the picture of a record, and change it at random.
+
+    Args:
+        record: Of `scene_graph_features`, its picture encoded.
+        annotation: What is known of it.
+        augmentation: None for evaluation.
+        generator: Of this image in this epoch.
+        names: Of classes and predicates.
+
+    Raises:
+        ValueError: If the picture cannot be read, or has another size than the record says.
+    """
+    image = _decode(record)
+    if augmentation is not None:
+        # Palettes and the like cannot be brightened.
+        image, annotation = augment(image.convert("RGB"), annotation, augmentation, generator)
+    return TrainingImage(
+        image,
+        _coco_annotation(record["image_id"], annotation),
+        reference_graph(annotation, (image.height, image.width), names),
+        is_resized=augmentation is not None and bool(augmentation.resize_sides),
+    )
+
+
+def reference_graph(
+    annotation: Annotation, size: tuple[int, int], names: tuple[dict[int, str], dict[int, str]]
+) -> SceneGraph:
+    """Return an annotation as a graph that is certain.
+
+    Args:
+        annotation: Boxes in pixels.
+        size: Height and width of the image.
+        names: Of classes and predicates.
+    """
+    return SceneGraph(
+        boxes_xyxy=annotation.boxes.astype(np.float32),
+        labels=annotation.labels,
+        scores=np.ones(len(annotation.labels), dtype=np.float32),
+        relations=annotation.relations,
+        relation_scores=np.ones(len(annotation.relations), dtype=np.float32),
+        image_size=size,
+        id2label=names[0],
+        id2predicate=names[1],
+    )
 
 
 class Collator:
     """Turns annotated images into a batch of model inputs.
+
+    Images that were resized by their augmentation keep their sizes; smaller ones are padded.
 
     Args:
         image_processor: A `SgtrImageProcessor`.
@@ -112,6 +196,7 @@ class Collator:
             images=[item.image for item in items],
             annotations=[item.annotation for item in items],
             return_tensors="pt",
+            **({"do_resize": False} if items[0].is_resized else {}),
         )
         labels = [
             {name: label[name] for name in ("class_labels", "boxes", "relations")}
@@ -144,21 +229,30 @@ def load_split(path: str | Path, split: str) -> datasets.Dataset:
     return loaded
 
 
-def check_record(record: dict[str, Any], num_labels: int, num_predicates: int) -> None:
-    """Reject annotations that cannot be meant.
+def check_annotations(
+    records: Iterable[dict[str, Any]], num_labels: int, num_predicates: int
+) -> int:
+    """Reject annotations that cannot be meant, and return the number of records.
 
     Raises:
         ValueError: If a label, a predicate or an index of an entity is out of range, or a box has
             no area inside the image.
     """
-    num_entities = len(record["objects"])
-    for entity in record["objects"]:
-        _check_index(record, "objects.label", entity["label"], num_labels)
-        _check_box(record, entity["bbox"])
-    for relation in record["relations"]:
-        _check_index(record, "relations.subject", relation["subject"], num_entities)
-        _check_index(record, "relations.object", relation["object"], num_entities)
-        _check_index(record, "relations.predicate", relation["predicate"], num_predicates)
+    count = 0
+    for record in records:
+        problems = [
+            problem
+            for problem in find_problems(record, num_labels, num_predicates)
+            # Training has no use for attributes.
+            if problem.part != "attributes"
+        ]
+        if problems:
+            raise ValueError(
+                f"{problems[0].message} {count} good records were read before; `sgtr-hf validate` "
+                "lists all that are wrong, and `--fix` drops them."
+            )
+        count += 1
+    return count
 
 
 def prepare_worker(_: int) -> None:
@@ -172,7 +266,25 @@ def prepare_worker(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _annotation(record: dict[str, Any]) -> Annotation:
+def _decode(record: dict[str, Any]) -> Image.Image:
+    try:
+        image: Image.Image = _PICTURE.decode_example(record["image"])
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"Image {record['image_id']}: the picture cannot be read: {error}. Find all such with "
+            "`sgtr-hf validate`."
+        ) from error
+    if image.size != (record["width"], record["height"]):
+        raise ValueError(
+            f"Image {record['image_id']}: `width` and `height` are {record['width']} and "
+            f"{record['height']}, but the picture has {image.width} x {image.height} pixels. Find "
+            "all such with `sgtr-hf validate`."
+        )
+    return image
+
+
+def annotation_of(record: dict[str, Any]) -> Annotation:
+    """Return boxes, labels and relations of a record as arrays."""
     entities, relations = record["objects"], record["relations"]
     rows = [(row["subject"], row["object"], row["predicate"]) for row in relations]
     return Annotation(
@@ -193,24 +305,3 @@ def _coco_annotation(image_id: str, annotation: Annotation) -> dict[str, Any]:
         ],
         "relations": annotation.relations.tolist(),
     }
-
-
-def _check_index(record: dict[str, Any], field: str, value: int, count: int) -> None:
-    if not 0 <= value < count:
-        raise ValueError(
-            f"Image {record['image_id']}: `{field}` must be from 0 to {count - 1}, got {value}; "
-            "correct or drop the annotation."
-        )
-
-
-def _check_box(record: dict[str, Any], box: Sequence[float]) -> None:
-    x1, y1, x2, y2 = box
-    width = min(x2, record["width"]) - max(x1, 0)
-    height = min(y2, record["height"]) - max(y1, 0)
-    # Written so that a number that is not a number fails too.
-    if not (width > 0 and height > 0):
-        raise ValueError(
-            f"Image {record['image_id']}: `objects.bbox` must be x1, y1, x2, y2 with an area "
-            f"inside the image of {record['width']} x {record['height']} pixels, got {list(box)}; "
-            "correct or drop the annotation."
-        )

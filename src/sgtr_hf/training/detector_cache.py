@@ -173,6 +173,7 @@ class CachedDetectorDataset(Dataset[CachedImage]):
             self.num_epochs,
             dataset.seed,
             dataset.augmentation,
+            None if dataset.resampling is None else dataset.resampling.settings,
             dataset.split._fingerprint,
             collator.image_processor.to_dict(),
         )

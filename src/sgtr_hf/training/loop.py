@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from ..data.streaming_dataset import SceneGraphStream
 from ..data.training_dataset import Collator, SceneGraphDataset, prepare_worker
 from ..metrics.frequency_baseline import FrequencyBaseline
 from ..modeling.modeling_sgtr import SgtrForSceneGraphGeneration
@@ -101,12 +103,14 @@ class Trainer:
             self.accelerator.register_for_checkpointing(self.average)
         optimizer = make_optimizer(model, self.settings)
         loader = self._training_loader(model)
-        self.model, self.optimizer, self.loader = self.accelerator.prepare(model, optimizer, loader)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        is_stream = isinstance(self.train_images, SceneGraphStream)
+        self.loader: Any = loader if is_stream else self.accelerator.prepare(loader)
         if len(self.loader) == 0:
             raise ValueError(
-                f"The training split has {len(self.splits.train)} images, too few for a batch of "
-                f"{self.settings.batch_size} on each of {self.accelerator.num_processes} "
-                "processes; lower `training.batch_size`."
+                f"The training split has {self.splits.train.num_images} images, too few for a "
+                f"batch of {self.settings.batch_size} on each of "
+                f"{self.accelerator.num_processes} processes; lower `training.batch_size`."
             )
         self.updates_per_epoch = -(-len(self.loader) // self.settings.gradient_accumulation_steps)
         self.num_updates = self.settings.max_steps or self.updates_per_epoch * (
@@ -118,11 +122,14 @@ class Trainer:
 
     def _training_loader(self, model: PreTrainedModel) -> DataLoader[Any]:
         """Read images or, with a cache, what the detector made of them."""
-        self.train_images: SceneGraphDataset | CachedDetectorDataset = self.splits.train
+        images = self.splits.train
+        self.train_images: SceneGraphDataset | SceneGraphStream | CachedDetectorDataset = images
+        if isinstance(images, SceneGraphStream):
+            return self._streaming_loader(images)
         if not self.settings.cached_epochs or not isinstance(model, SgtrForSceneGraphGeneration):
-            return self._loader(self.train_images, shuffle=True)
+            return self._loader(images, shuffle=True)
         cache = CachedDetectorDataset(
-            self.output_dir / "detector-cache", self.splits.train, self.settings.cached_epochs
+            self.output_dir / "detector-cache", images, self.settings.cached_epochs
         )
         cache.prepare(
             model.to(self.accelerator.device),
@@ -139,6 +146,31 @@ class Trainer:
             collate_fn=collate_cached,
             generator=torch.Generator().manual_seed(self.settings.seed),
         )
+
+    def _streaming_loader(self, images: SceneGraphStream) -> DataLoader[Any]:
+        """Read this process's shards; accelerate, which would split them again, only moves them."""
+        accelerator = self.accelerator
+        part = images.for_training(
+            accelerator.process_index, accelerator.num_processes, self.settings.batch_size
+        )
+        self.train_images = part
+        loader: DataLoader[Any] = prepare_data_loader(
+            DataLoader(
+                part,
+                batch_size=self.settings.batch_size,
+                drop_last=True,
+                num_workers=part.num_useful_workers(self.recipe.data.num_workers),
+                collate_fn=Collator(self.image_processor),
+                worker_init_fn=prepare_worker,
+                generator=torch.Generator().manual_seed(self.settings.seed),
+            ),
+            accelerator.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            dispatch_batches=False,
+        )
+        return loader
 
     def _fit_baseline(self) -> FrequencyBaseline | None:
         if self.recipe.task == "detection":

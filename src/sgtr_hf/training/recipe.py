@@ -17,27 +17,65 @@ class DataSettings:
     """Where the images come from and how they are varied.
 
     Args:
-        path: Folder that `datasets.load_dataset` reads, with splits train and validation.
+        path: What `sgtr_hf.data.load` opens, with splits train and validation (or val).
         flip_probability: Share of training images that are mirrored.
-        flip_swaps: Pairs of predicates that change places in the mirror.
+        flip_swaps: Pairs of predicates that change places in the mirror; null finds those with
+            left and right in their names, and says which.
         brightness: Largest relative change of brightness and of contrast.
         least_crop: Least side of a random crop as a share of the image's; 1 does not crop.
         num_workers: Processes that read images.
+        crop_probability: Share of training images that are cropped.
+        saturation: Largest relative change of saturation.
+        hue: Largest turn of the hue, as a share of the colour circle.
+        resize_sides: Lengths in pixels of which the shorter side of a training image gets one;
+            none leaves the size to the image processor, which evaluation always does.
+        resize_longest_side: Limit of the longer side then.
+        repeat_threshold: Share of relations below which images with a predicate come more often,
+            see `sgtr_hf.data.resampling`; 0 shows each image once an epoch.
+        relation_drop_rate: How strongly frequent predicates are left out of repeated images.
+        streaming: Read the training split shard by shard, each process and worker its own.
+        shuffle_buffer: Images among which a streaming worker chooses the next one.
     """
 
     path: str
     flip_probability: float = 0.5
-    flip_swaps: list[list[str]] = field(default_factory=list)
+    flip_swaps: list[list[str]] | None = None
     brightness: float = 0.0
     least_crop: float = 1.0
     num_workers: int = 1
+    crop_probability: float = 1.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    resize_sides: list[int] = field(default_factory=list)
+    resize_longest_side: int = 1333
+    repeat_threshold: float = 0.0
+    relation_drop_rate: float = 0.0
+    streaming: bool = False
+    shuffle_buffer: int = 1000
 
     def __post_init__(self) -> None:
-        _check_range("data.flip_probability", self.flip_probability, 0, 1)
-        _check_range("data.brightness", self.brightness, 0, 1)
+        for name in ("flip_probability", "brightness", "crop_probability", "saturation",
+                     "repeat_threshold"):  # fmt: skip
+            _check_range(f"data.{name}", getattr(self, name), 0, 1)
         # Smaller crops show single objects at best.
         _check_range("data.least_crop", self.least_crop, 0.1, 1)
+        # Half of the circle is the whole of it, in both directions.
+        _check_range("data.hue", self.hue, 0, 0.5)
+        _check_range("data.relation_drop_rate", self.relation_drop_rate, 0)
         _check_range("data.num_workers", self.num_workers, 0)
+        _check_range("data.shuffle_buffer", self.shuffle_buffer, 1)
+        for side in self.resize_sides:
+            # Below this, the coarsest feature level has no cell left.
+            _check_range("data.resize_sides", side, 32, self.resize_longest_side - 1)
+        if self.relation_drop_rate and not self.repeat_threshold:
+            raise ValueError(
+                "`data.relation_drop_rate` leaves relations out of repeated images; set "
+                "`data.repeat_threshold` too."
+            )
+        if self.streaming and self.repeat_threshold:
+            raise ValueError(
+                "`data.repeat_threshold` needs every image at hand; set `data.streaming` to false."
+            )
 
 
 @dataclass
@@ -154,11 +192,8 @@ class Recipe:
                     f"`{name}` has no use with `pretrained_model`, which brings its own; remove "
                     "one."
                 )
-        if self.training.cached_epochs and not self.model.get("freeze_detector"):
-            raise ValueError(
-                "`training.cached_epochs` needs `model.freeze_detector`: outputs of a detector "
-                "that trains are soon out of date."
-            )
+        if self.training.cached_epochs:
+            self._check_cache()
         if self.detector is not None and self.task == "detection":
             raise ValueError("`detector` has no use with `task: detection`; remove it.")
         if self.detector is not None and self.backbone_weights is not None:
@@ -173,6 +208,17 @@ class Recipe:
         if self.model.get("freeze_detector") and not (self.detector or self.pretrained_model):
             raise ValueError(
                 "`model.freeze_detector` needs `detector`: a random one would stay random."
+            )
+
+    def _check_cache(self) -> None:
+        if not self.model.get("freeze_detector"):
+            raise ValueError(
+                "`training.cached_epochs` needs `model.freeze_detector`: outputs of a detector "
+                "that trains are soon out of date."
+            )
+        if self.data.streaming:
+            raise ValueError(
+                "`training.cached_epochs` needs every image at hand; set `data.streaming` to false."
             )
 
 

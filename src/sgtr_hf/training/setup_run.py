@@ -12,8 +12,11 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..configuration.configuration_sgtr import SgtrConfig
 from ..configuration.configuration_sgtr_detr import SgtrDetrConfig
-from ..data.training_augmentation import Augmentation, make_swaps
-from ..data.training_dataset import SceneGraphDataset, load_split
+from ..data.dataset_loading import load_image_stream, load_rows
+from ..data.resampling import ResamplingSettings
+from ..data.streaming_dataset import SceneGraphStream
+from ..data.training_augmentation import Augmentation, find_swaps, make_swaps
+from ..data.training_dataset import SceneGraphDataset
 from ..image_processing.image_processing_sgtr import SgtrImageProcessor
 from ..modeling.modeling_sgtr import SgtrForSceneGraphGeneration
 from ..modeling.modeling_sgtr_detr import SgtrDetrForObjectDetection
@@ -27,19 +30,19 @@ Config = typing.TypeVar("Config", bound=PreTrainedConfig)
 class Splits(NamedTuple):
     """Images to train on and to evaluate on."""
 
-    train: SceneGraphDataset
+    train: SceneGraphDataset | SceneGraphStream
     validation: SceneGraphDataset
 
 
 def make_splits(settings: DataSettings, seed: int) -> Splits:
-    """Load both splits and check their annotations; training images are augmented.
+    """Open both splits and check their annotations; training images are augmented.
 
     Raises:
         ValueError: If a split is missing, an annotation cannot be meant, or the splits have
             different classes or predicates.
     """
-    train = SceneGraphDataset(load_split(settings.path, "train"))
-    validation = SceneGraphDataset(load_split(settings.path, "validation"))
+    train = _training_images(settings, seed)
+    validation = SceneGraphDataset(load_rows(settings.path, "validation"))
     for name in ("id2label", "id2predicate"):
         if getattr(train, name) != getattr(validation, name):
             raise ValueError(
@@ -48,13 +51,38 @@ def make_splits(settings: DataSettings, seed: int) -> Splits:
             )
     train.check()
     validation.check()
-    augmentation = Augmentation(
+    train.augmentation = _augmentation(settings, train.id2predicate)
+    if isinstance(train, SceneGraphDataset) and settings.repeat_threshold:
+        resampling = ResamplingSettings(settings.repeat_threshold, settings.relation_drop_rate)
+        train = SceneGraphDataset(train.split, train.augmentation, seed, resampling)
+    return Splits(train, validation)
+
+
+def _training_images(settings: DataSettings, seed: int) -> SceneGraphDataset | SceneGraphStream:
+    if settings.streaming:
+        return load_image_stream(
+            settings.path, "train", seed=seed, shuffle_buffer=settings.shuffle_buffer
+        )
+    return SceneGraphDataset(load_rows(settings.path, "train"), seed=seed)
+
+
+def _augmentation(settings: DataSettings, id2predicate: dict[int, str]) -> Augmentation:
+    swaps: dict[int, int] = {}
+    if settings.flip_swaps is not None:
+        swaps = make_swaps(settings.flip_swaps, id2predicate)
+    elif settings.flip_probability > 0:
+        swaps = find_swaps(id2predicate)
+    return Augmentation(
         flip_probability=settings.flip_probability,
-        flip_swaps=make_swaps(settings.flip_swaps, train.id2predicate),
+        flip_swaps=swaps,
         brightness=settings.brightness,
         least_crop=settings.least_crop,
+        crop_probability=settings.crop_probability,
+        saturation=settings.saturation,
+        hue=settings.hue,
+        resize_sides=tuple(settings.resize_sides),
+        resize_longest_side=settings.resize_longest_side,
     )
-    return Splits(SceneGraphDataset(train.split, augmentation, seed), validation)
 
 
 def make_image_processor(recipe: Recipe) -> SgtrImageProcessor:
@@ -71,7 +99,9 @@ def make_image_processor(recipe: Recipe) -> SgtrImageProcessor:
     return SgtrImageProcessor(**recipe.image_processor)
 
 
-def with_predicate_frequencies(recipe: Recipe, data: SceneGraphDataset) -> Recipe:
+def with_predicate_frequencies(
+    recipe: Recipe, data: SceneGraphDataset | SceneGraphStream
+) -> Recipe:
     """Count the predicates of the training split where the long tail asks for it."""
     if not any(recipe.model.get(name) for name in ("logit_adjustment", "predicate_reweighting")):
         return recipe
