@@ -16,7 +16,6 @@ from transformers import AutoImageProcessor
 
 import sgtr_hf
 from sgtr_hf.auto import DEFAULT_CHECKPOINT
-from sgtr_hf.modeling.graph_assembling import assembling_scores
 
 
 def median_milliseconds(function: Callable[[], object], repeats: int) -> float:
@@ -44,18 +43,14 @@ def main() -> None:
     inputs = processor(images=image, return_tensors="pt")
     outputs = model(**inputs)
     sizes = torch.tensor([[image.height, image.width]])
-    indicator = (
-        outputs.relation_vectors[..., :2],
-        outputs.subject_logits.sigmoid(),
-        outputs.subject_boxes,
-    )
-    entity = (outputs.entity_probabilities, outputs.pred_boxes)
+    nodes = model.model(**inputs)
     stages = {
         "processing": lambda: processor(images=image, return_tensors="pt"),
         "model (with assembling)": lambda: model(**inputs),
-        "  of it assembling": lambda: [
-            assembling_scores(model.config, indicator, entity, sizes) for _ in range(2)
-        ],
+        "  of it detector": lambda: model.model.detector.model(**inputs),
+        "  of it heads and assembling": lambda: model.read_levels(
+            nodes, nodes.triplets, sizes, all_levels=False
+        ),
         "post-processing": lambda: processor.post_process_scene_graph(outputs, target_sizes=sizes),
         "whole pipeline": lambda: pipe(image),
         "reference: backbone alone": lambda: model.model.detector.model.backbone(
