@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import sgtr_hf.metrics
+import sgtr_hf
 from sgtr_hf.metrics.recall import Measured, SceneGraphRecall
 from sgtr_hf.metrics.record_input import graphs_of_records, record_of_graph
 from slow_evaluation import random_images
@@ -17,7 +17,7 @@ evaluate = pytest.importorskip("evaluate")
 # What one of several processes does with its share of the images.
 WORKER = """
 import json, sys
-import evaluate, sgtr_hf.metrics
+import evaluate, sgtr_hf
 sys.path.insert(0, sys.argv[1])
 from slow_evaluation import random_images
 from sgtr_hf.metrics.record_input import record_of_graph

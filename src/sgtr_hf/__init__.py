@@ -4,7 +4,7 @@ Importing the package registers its models with the Auto classes of transformers
 as `pipeline("scene-graph")`.
 """
 
-from . import data
+from . import data, metrics
 from ._version import __version__
 from .auto import AutoModelForSceneGraphGeneration, register
 from .configuration.configuration_dino_vit import DinoVitConfig
@@ -48,4 +48,5 @@ __all__ = [
     "SgtrModel",
     "__version__",
     "data",
+    "metrics",
 ]
