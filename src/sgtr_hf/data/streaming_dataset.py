@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import datasets
-import numpy as np
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -153,11 +152,8 @@ class SceneGraphStream(IterableDataset[TrainingImage]):
         names = (self.id2label, self.id2predicate)
         for record in self._stream:
             # Python's own hash of a text differs between processes.
-            number = zlib.crc32(record["image_id"].encode())
-            generator = np.random.default_rng((self.seed, self.epoch, number))
-            yield make_training_image(
-                record, annotation_of(record), self.augmentation, generator, names
-            )
+            seed = (self.seed, self.epoch, zlib.crc32(record["image_id"].encode()))
+            yield make_training_image(record, annotation_of(record), names, self.augmentation, seed)
 
     def _share_of_worker(self, num_batches: int, batch_size: int) -> int:
         """Images of this worker in an epoch; a loader takes a batch of each worker in turn."""

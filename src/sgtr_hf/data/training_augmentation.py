@@ -91,9 +91,11 @@ def flip(
 ) -> tuple[Image.Image, Annotation]:
     """Mirror left and right; predicates in `swaps` become others."""
     boxes = functional.horizontal_flip(_boxes_on(image, annotation))
-    relations = annotation.relations.copy()
-    predicates = relations[:, 2].tolist()
-    relations[:, 2] = [swaps.get(predicate, predicate) for predicate in predicates]
+    relations = annotation.relations
+    if swaps:
+        predicates = [swaps.get(predicate, predicate) for predicate in relations[:, 2].tolist()]
+        relations = relations.copy()
+        relations[:, 2] = predicates
     # The mirror makes -0.0 of the right border.
     flipped = Annotation(boxes.numpy() + 0.0, annotation.labels, relations)
     return functional.horizontal_flip(image), flipped
@@ -116,14 +118,15 @@ def crop(
     left, top, right, bottom = window
     place = (top, left, bottom - top, right - left)
     boxes = functional.crop(_boxes_on(image, annotation), *place).numpy()
-    areas = np.prod(annotation.boxes[:, 2:] - annotation.boxes[:, :2], axis=1)
-    visible_areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
-    is_kept = (visible_areas > 0) & (visible_areas >= least_visible * areas)
-    new_rows = np.cumsum(is_kept) - 1
-    relations = annotation.relations[is_kept[annotation.relations[:, :2]].all(axis=1)]
-    relations = np.column_stack((new_rows[relations[:, :2]], relations[:, 2]))
-    cropped = functional.crop(image, *place)
-    return cropped, Annotation(boxes[is_kept], annotation.labels[is_kept], relations)
+    visible_areas = _areas(boxes)
+    is_kept = (visible_areas > 0) & (visible_areas >= least_visible * _areas(annotation.boxes))
+    cropped, labels, relations = functional.crop(image, *place), *annotation[1:]
+    if not is_kept.all():
+        stays = is_kept[relations[:, 0]] & is_kept[relations[:, 1]]
+        relations = relations[stays]
+        relations[:, :2] = (np.cumsum(is_kept) - 1)[relations[:, :2]]
+        boxes, labels = boxes[is_kept], labels[is_kept]
+    return cropped, Annotation(boxes, labels, relations)
 
 
 def resize(
@@ -195,6 +198,11 @@ def find_swaps(id2predicate: Mapping[int, str]) -> dict[int, int]:
 def _mirrored_name(name: str) -> str:
     other = {"left": "right", "right": "left"}
     return re.sub(r"(?<![a-z])(left|right)(?![a-z])", lambda word: other[word.group()], name)
+
+
+def _areas(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
+    areas: NDArray[np.float64] = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    return areas
 
 
 def _happens(probability: float, generator: np.random.Generator) -> bool:

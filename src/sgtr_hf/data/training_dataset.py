@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import BaseImageProcessor
 
@@ -32,12 +31,32 @@ class TrainingImage(NamedTuple):
     """One image with its annotation."""
 
     image: Image.Image
-    annotation: dict[str, Any]
-    """COCO style, as the image processor takes it, with `relations`."""
-    reference: SceneGraph
-    """The annotation as a graph in pixels of the image."""
+    image_id: str
+    known: Annotation
+    """Boxes in pixels of the image, labels and relations."""
+    names: tuple[dict[int, str], dict[int, str]]
+    """Of classes and predicates."""
     is_resized: bool = False
     """Whether the image has the size that the model shall see."""
+
+    @property
+    def annotation(self) -> dict[str, Any]:
+        """The annotation in COCO style, as the image processor takes it, with `relations`."""
+        boxes = self.known.boxes.copy()
+        boxes[:, 2:] -= boxes[:, :2]
+        return {
+            "image_id": self.image_id,
+            "annotations": [
+                {"bbox": box, "category_id": label, "area": box[2] * box[3], "iscrowd": 0}
+                for box, label in zip(boxes.tolist(), self.known.labels.tolist(), strict=True)
+            ],
+            "relations": self.known.relations.tolist(),
+        }
+
+    @property
+    def reference(self) -> SceneGraph:
+        """The annotation as a graph in pixels of the image."""
+        return reference_graph(self.known, (self.image.height, self.image.width), self.names)
 
 
 class SceneGraphDataset(Dataset[TrainingImage]):
@@ -88,9 +107,12 @@ class SceneGraphDataset(Dataset[TrainingImage]):
             predicates = annotation.relations[:, 2]
             stays = self.resampling.keep(self._row(index), predicates, generator)
             annotation = annotation._replace(relations=annotation.relations[stays])
-        generator = np.random.default_rng((self.seed, self.epoch, index))
         return make_training_image(
-            record, annotation, self.augmentation, generator, (self.id2label, self.id2predicate)
+            record,
+            annotation,
+            (self.id2label, self.id2predicate),
+            self.augmentation,
+            (self.seed, self.epoch, index),
         )
 
     @property
@@ -128,32 +150,31 @@ class SceneGraphDataset(Dataset[TrainingImage]):
 def make_training_image(
     record: dict[str, Any],
     annotation: Annotation,
-    augmentation: Augmentation | None,
-    generator: np.random.Generator,
     names: tuple[dict[int, str], dict[int, str]],
+    augmentation: Augmentation | None,
+    seed: tuple[int, ...],
 ) -> TrainingImage:
     """Decode the picture of a record, and change it at random.
 
     Args:
         record: Of `scene_graph_features`, its picture encoded.
         annotation: What is known of it.
-        augmentation: None for evaluation.
-        generator: Of this image in this epoch.
         names: Of classes and predicates.
+        augmentation: None for evaluation.
+        seed: Of the changes of this image in this epoch.
 
     Raises:
         ValueError: If the picture cannot be read, or has another size than the record says.
     """
     image = _decode(record)
-    if augmentation is not None:
-        # Palettes and the like cannot be brightened.
-        image, annotation = augment(image.convert("RGB"), annotation, augmentation, generator)
-    return TrainingImage(
-        image,
-        _coco_annotation(record["image_id"], annotation),
-        reference_graph(annotation, (image.height, image.width), names),
-        is_resized=augmentation is not None and bool(augmentation.resize_sides),
+    if augmentation is None:
+        return TrainingImage(image, record["image_id"], annotation, names)
+    # Palettes and the like cannot be brightened.
+    image, annotation = augment(
+        image.convert("RGB"), annotation, augmentation, np.random.default_rng(seed)
     )
+    is_resized = bool(augmentation.resize_sides)
+    return TrainingImage(image, record["image_id"], annotation, names, is_resized)
 
 
 def reference_graph(
@@ -185,10 +206,13 @@ class Collator:
 
     Args:
         image_processor: A `SgtrImageProcessor`.
+        with_references: Add the annotations as graphs, which evaluation compares with.
     """
 
-    def __init__(self, image_processor: BaseImageProcessor) -> None:
-        self.image_processor = image_processor
+    def __init__(
+        self, image_processor: BaseImageProcessor, *, with_references: bool = True
+    ) -> None:
+        self.image_processor, self.with_references = image_processor, with_references
 
     def __call__(self, items: Sequence[TrainingImage]) -> dict[str, Any]:
         """Return pixel_values (B, 3, H, W), labels, references, and pixel_mask if any is padded."""
@@ -198,18 +222,18 @@ class Collator:
             return_tensors="pt",
             **({"do_resize": False} if items[0].is_resized else {}),
         )
-        labels = [
-            {name: label[name] for name in ("class_labels", "boxes", "relations")}
-            for label in features["labels"]
-        ]
         batch: dict[str, Any] = {
             "pixel_values": features["pixel_values"],
-            "labels": labels,
-            "references": [item.reference for item in items],
+            "labels": [
+                {name: label[name] for name in ("class_labels", "boxes", "relations")}
+                for label in features["labels"]
+            ],
         }
-        mask: Tensor = features["pixel_mask"]
-        if not bool((mask > 0).all()):
-            batch["pixel_mask"] = mask
+        if self.with_references:
+            batch["references"] = [item.reference for item in items]
+        size = list(features["pixel_values"].shape[-2:])
+        if any(label["size"].tolist() != size for label in features["labels"]):
+            batch["pixel_mask"] = features["pixel_mask"]
         return batch
 
 
@@ -292,16 +316,3 @@ def annotation_of(record: dict[str, Any]) -> Annotation:
         np.array([entity["label"] for entity in entities], dtype=np.int64),
         np.array(rows, dtype=np.int64).reshape(-1, 3),
     )
-
-
-def _coco_annotation(image_id: str, annotation: Annotation) -> dict[str, Any]:
-    sizes = annotation.boxes[:, 2:] - annotation.boxes[:, :2]
-    boxes_xywh = np.concatenate((annotation.boxes[:, :2], sizes), axis=1).tolist()
-    return {
-        "image_id": image_id,
-        "annotations": [
-            {"bbox": box, "category_id": label, "area": box[2] * box[3], "iscrowd": 0}
-            for box, label in zip(boxes_xywh, annotation.labels.tolist(), strict=True)
-        ],
-        "relations": annotation.relations.tolist(),
-    }

@@ -393,14 +393,15 @@ def make_labels(
     if entries is None:
         raise ValueError(f"The annotation of image {image_id} lacks `annotations`.")
     height, width = original_size
-    boxes = np.array([_box(entry, image_id) for entry in entries], dtype=np.float64).reshape(-1, 4)
+    limits = np.array([width, height, width, height], dtype=np.float64)
+    boxes = _boxes(entries, image_id)
     boxes[:, 2:] += boxes[:, :2]
-    boxes = boxes.clip(0, [width, height, width, height])
+    boxes = np.minimum(np.maximum(boxes, 0.0), limits)
     classes = np.array([_class(entry, image_id) for entry in entries], dtype=np.int64)
     is_crowd = np.array([bool(entry.get("iscrowd", 0)) for entry in entries], dtype=np.bool_)
     is_kept = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]) & ~is_crowd
     relations = _remap(_relations(annotation, len(entries), image_id), is_kept, image_id)
-    normalized = torch.from_numpy(boxes[is_kept] / [width, height, width, height])
+    normalized = torch.from_numpy(boxes[is_kept] / limits)
     return {
         "class_labels": torch.from_numpy(classes[is_kept]),
         "boxes": box_xyxy_to_cxcywh(normalized).float(),
@@ -411,13 +412,22 @@ def make_labels(
     }
 
 
-def _box(entry: Mapping[str, Any], image_id: Any) -> list[float]:
-    box = entry.get("bbox")
-    if box is None or len(box) != 4 or not np.isfinite(box).all():  # noqa: PLR2004
-        raise ValueError(
-            f"Image {image_id}: `bbox` must be four finite numbers x, y, width, height, got {box}."
-        )
-    return list(box)
+def _boxes(entries: Sequence[Mapping[str, Any]], image_id: Any) -> np.ndarray:
+    """Return (T, 4) x, y, width, height, checked all at once: this runs for every image."""
+    rows = [entry.get("bbox") for entry in entries]
+    try:
+        boxes = np.array(rows, dtype=np.float64).reshape(len(rows), 4)
+    except (TypeError, ValueError):
+        boxes = np.full((len(rows), 4), np.nan)
+    if np.isfinite(boxes).all():
+        return boxes
+    for row in rows:
+        if row is None or len(row) != 4 or not np.isfinite(row).all():  # noqa: PLR2004
+            raise ValueError(
+                f"Image {image_id}: `bbox` must be four finite numbers x, y, width, height, got "
+                f"{row}."
+            )
+    raise ValueError(f"Image {image_id}: each `bbox` must be four numbers, got {rows}.")
 
 
 def _class(entry: Mapping[str, Any], image_id: Any) -> int:
@@ -480,7 +490,10 @@ def _pad(images: list[Tensor], pad_size: SizeDict | None, *, do_pad: bool) -> tu
                 f"{height} x {width}; choose a smaller `size`."
             )
         height, width = pad_size.height, pad_size.width
-    if not do_pad and (min(heights), min(widths)) != (height, width):
+    if (min(heights), min(widths)) == (height, width):
+        mask = torch.ones((len(images), height, width), dtype=torch.int64)
+        return torch.stack(images), mask
+    if not do_pad:
         raise ValueError("Images of different sizes need `do_pad=True` to be one batch.")
     pixel_values = images[0].new_zeros((len(images), images[0].shape[0], height, width))
     pixel_mask = torch.zeros((len(images), height, width), dtype=torch.int64)

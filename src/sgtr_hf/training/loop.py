@@ -133,7 +133,7 @@ class Trainer:
         )
         cache.prepare(
             model.to(self.accelerator.device),
-            Collator(self.image_processor),
+            Collator(self.image_processor, with_references=False),
             self.accelerator,
             self.recipe.data.num_workers,
         )
@@ -160,7 +160,7 @@ class Trainer:
                 batch_size=self.settings.batch_size,
                 drop_last=True,
                 num_workers=part.num_useful_workers(self.recipe.data.num_workers),
-                collate_fn=Collator(self.image_processor),
+                collate_fn=Collator(self.image_processor, with_references=False),
                 worker_init_fn=prepare_worker,
                 generator=torch.Generator().manual_seed(self.settings.seed),
             ),
@@ -186,7 +186,7 @@ class Trainer:
             shuffle=shuffle,
             drop_last=shuffle,
             num_workers=self.recipe.data.num_workers,
-            collate_fn=Collator(self.image_processor),
+            collate_fn=Collator(self.image_processor, with_references=not shuffle),
             worker_init_fn=prepare_worker,
             # Its own, or each start of a loader would draw from the generator of the noise, and
             # a resumed run, which starts one more, would go on with other noise.
@@ -271,8 +271,7 @@ class Trainer:
     def _step(self, batch: dict[str, Any]) -> None:
         self.model.train()
         with self.accelerator.accumulate(self.model):
-            inputs = {name: value for name, value in batch.items() if name != "references"}
-            outputs = self.model(**inputs)
+            outputs = self.model(**batch)
             losses = {"loss": outputs.loss, **outputs.loss_dict}
             self._check_finite(outputs.loss, losses)
             self.accelerator.backward(outputs.loss)
