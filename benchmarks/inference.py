@@ -1,7 +1,8 @@
 """Times DETR-R50 here and in transformers on the same weights, and SGTR-VG150 beside its backbone.
 
-Run it on an idle machine. Each case runs in a process of its own, so that its peak memory is its
-own; ratios compare cases of one run. Another reference can be named as an import path:
+Run it on an idle machine. The models of a table row take turns in one process, so that ratios hold
+even if the clock rate drifts; peak memory is measured in a fresh process each. Another reference
+can be named as an import path:
 
     python benchmarks/inference.py --reference package.module:function
 
@@ -14,10 +15,10 @@ import importlib
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,44 +27,39 @@ from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
 
 import sgtr_hf
 from sgtr_hf.post_processing import find_scene_graphs
+from transformers_weights import DETR_RULES, copy_weights
 
 
 NUM_CLASSES, NUM_PREDICATES = 150, 50
 MODES = ("eager", "channels-last", "compile", "bf16")
+WITNESS, OURS, SGTR, BACKBONE = "detr (transformers)", "detr (ours)", "sgtr", "its backbone"
 
 
 class Case(NamedTuple):
-    """What one process measures."""
+    """What a row of the table is about."""
 
-    model: str
     mode: str
     batch_size: int
     height: int
     width: int
-    repeats: int
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and images."""
+        return torch.bfloat16 if self.mode == "bf16" else torch.float32
 
-class Measurement(NamedTuple):
-    """What it found."""
+    def images(self) -> Tensor:
+        """Random images."""
+        images = torch.randn(self.batch_size, 3, self.height, self.width, dtype=self.dtype)
+        if self.mode == "channels-last":
+            return images.contiguous(memory_format=torch.channels_last)
+        return images
 
-    milliseconds: float
-    megabytes: float
-    """Peak of the process above what it had before the first run."""
-    gigaflops: float
-    parts: dict[str, float]
-    """Milliseconds of parts."""
-
-
-def median_milliseconds(function: Callable[[], object], repeats: int) -> float:
-    """Return the median time of a call after two warm-up calls."""
-    for _ in range(2):
-        function()
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        function()
-        times.append(1000 * (time.perf_counter() - started))
-    return statistics.median(times)
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Bring a float32 model into the mode; in place, except for compilation."""
+        if self.mode == "channels-last":
+            return model.to(memory_format=torch.channels_last)
+        return model.to(self.dtype)
 
 
 def resnet(depth: int) -> ResNetConfig:
@@ -73,91 +69,138 @@ def resnet(depth: int) -> ResNetConfig:
 
 
 def make_model(name: str) -> nn.Module:
-    """Build a model with random weights; speed does not depend on them."""
+    """Build a model in evaluation mode; both DETRs have the same random weights."""
     torch.manual_seed(0)
-    if name == "detr (ours)":
-        config = sgtr_hf.SgtrDetrConfig(backbone_config=resnet(50), num_labels=NUM_CLASSES)
-        return sgtr_hf.SgtrDetrForObjectDetection(config)
-    if name == "detr (transformers)":
-        return DetrForObjectDetection(
-            DetrConfig(
-                use_timm_backbone=False, backbone=None, backbone_config=resnet(50),
-                num_labels=NUM_CLASSES,
-            )
-        )  # fmt: skip
-    if name == "sgtr":
+    if name == SGTR:
         detector = {"backbone_config": resnet(101), "num_labels": NUM_CLASSES}
         names = {index: str(index) for index in range(NUM_PREDICATES)}
-        return sgtr_hf.SgtrForSceneGraphGeneration(
-            sgtr_hf.SgtrConfig(detector_config=detector, id2predicate=names)
+        config = sgtr_hf.SgtrConfig(detector_config=detector, id2predicate=names)
+        return sgtr_hf.SgtrForSceneGraphGeneration(config).eval()
+    if name not in (WITNESS, OURS):
+        module, _, function = name.partition(":")
+        reference: nn.Module = getattr(importlib.import_module(module), function)(NUM_CLASSES)
+        return reference.eval()
+    witness = DetrForObjectDetection(
+        DetrConfig(
+            use_timm_backbone=False,
+            backbone=None,
+            backbone_config=resnet(50),
+            num_labels=NUM_CLASSES,
         )
-    module, _, function = name.partition(":")
-    model: nn.Module = getattr(importlib.import_module(module), function)(NUM_CLASSES)
-    return model
+    )
+    if name == WITNESS:
+        return witness.eval()
+    config = sgtr_hf.SgtrDetrConfig(backbone_config=resnet(50), num_labels=NUM_CLASSES)
+    ours = sgtr_hf.SgtrDetrForObjectDetection(config)
+    copy_weights(witness, ours, DETR_RULES)
+    return ours.eval()
 
 
-def prepare(model: nn.Module, pixel_values: Tensor, mode: str) -> Callable[[], Any]:
-    """Return a call of the model in a mode."""
-    if mode == "channels-last":
-        model = model.to(memory_format=torch.channels_last)
-        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-    elif mode == "bf16":
-        model, pixel_values = model.to(torch.bfloat16), pixel_values.to(torch.bfloat16)
-    elif mode == "compile":
-        model = torch.compile(model)  # type: ignore[assignment]
-    return lambda: model(pixel_values)
+def medians(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Return the median milliseconds of calls that take turns, after two turns to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(repeats + 2):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            if turn > 1:
+                times[name].append(1000 * (time.perf_counter() - started))
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def matrix_rate(dtype: torch.dtype, size: int = 2048) -> float:
+    """Measure the machine's rate of matrix products in GFLOP/s."""
+    # Without units for bfloat16 a processor needs seconds for a large product.
+    size = size if dtype == torch.float32 else 512
+    left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    return 2 * size**3 / 1e6 / medians({"product": lambda: left @ right}, 10)["product"]
+
+
+def gigaflops(model: nn.Module, images: Tensor) -> float:
+    """Count the operations of a forward pass."""
+    with FlopCounterMode(display=False) as counter:
+        model(images)
+    return counter.get_total_flops() / 1e9
 
 
 @torch.inference_mode()
-def measure(case: Case) -> Measurement:
-    """Measure one case; runs in its own process."""
-    model = make_model(case.model).eval()
-    pixel_values = torch.randn(case.batch_size, 3, case.height, case.width)
-    with FlopCounterMode(display=False) as counter:
-        model(pixel_values)
+def peak_megabytes(name: str, case: Case) -> float:
+    """Memory that a forward pass needs beside the weights; for a process of its own."""
+    model = case.prepare(make_model(name))
+    images = case.images()
+    call = torch.compile(model) if case.mode == "compile" else model
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    call = prepare(model, pixel_values, case.mode)
-    whole = median_milliseconds(call, case.repeats)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    parts = {}
-    if isinstance(model, sgtr_hf.SgtrForSceneGraphGeneration) and case.mode == "eager":
-        parts = measure_parts(model, pixel_values, case.repeats)
-    return Measurement(whole, peak / 1024, counter.get_total_flops() / 1e9, parts)
+    call(images)
+    # Linux counts kilobytes.
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
-def measure_parts(
-    model: sgtr_hf.SgtrForSceneGraphGeneration, pixel_values: Tensor, repeats: int
-) -> dict[str, float]:
-    """Time backbone and post-processing alone, the latter on spread predictions."""
-    outputs = dict(model(pixel_values))
-    # Of random weights all predictions are alike; these are not.
-    outputs["pred_boxes"] = torch.rand_like(outputs["pred_boxes"]) * 0.4 + 0.3
-    outputs["entity_probabilities"] = torch.rand_like(outputs["entity_probabilities"])
-    outputs["predicate_probabilities"] = torch.rand_like(outputs["predicate_probabilities"])
-    for role in ("subject_scores", "object_scores"):
-        outputs[role] = torch.rand_like(outputs[role])
-    sizes = torch.tensor([pixel_values.shape[-2:]] * len(pixel_values))
-    backbone = model.model.detector.model.backbone
-    images = pixel_values.contiguous(memory_format=torch.channels_last)
-    return {
-        "backbone": median_milliseconds(lambda: backbone(images), repeats),
-        "post-processing": median_milliseconds(
-            lambda: find_scene_graphs(outputs, sizes, top_k=300), repeats
-        ),
-    }
-
-
-def matrix_rate() -> float:
-    """Measure the machine's rate of float32 matrix products in GFLOP/s."""
-    size = 2048
-    left, right = torch.randn(size, size), torch.randn(size, size)
-    return 2 * size**3 / 1e6 / median_milliseconds(lambda: left @ right, 10)
-
-
-def run(case: Case) -> Measurement:
-    """Measure in a fresh process."""
+def in_fresh_process(name: str, case: Case) -> float:
+    """Measure peak memory where nothing ran before."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(measure, case).result()
+        return pool.submit(peak_megabytes, name, case).result()
+
+
+def post_processing(model: nn.Module, images: Tensor) -> Callable[[], object]:
+    """A call of post-processing on spread predictions; those of random weights are all alike."""
+    outputs = dict(model(images))
+    outputs["pred_boxes"] = torch.rand_like(outputs["pred_boxes"]) * 0.4 + 0.3
+    for name in ("entity_probabilities", "predicate_probabilities", "subject_scores",
+                 "object_scores"):  # fmt: skip
+        outputs[name] = torch.rand_like(outputs[name])
+    sizes = torch.tensor([images.shape[-2:]] * len(images))
+    return lambda: find_scene_graphs(outputs, sizes, top_k=300)
+
+
+@torch.inference_mode()
+def measure(case: Case, names: Sequence[str], repeats: int) -> None:
+    """Print a row for each model, and what lies around the backbone of SGTR."""
+    images, rate = case.images(), matrix_rate(case.dtype)
+    models = {name: case.prepare(make_model(name)) for name in names}
+    work = {name: gigaflops(model, images) for name, model in models.items()}
+    calls: dict[str, Callable[[], object]] = {}
+    for name, model in models.items():
+        run = torch.compile(model) if case.mode == "compile" else model
+        calls[name] = lambda run=run: run(images)
+    if SGTR in models:
+        backbone = models[SGTR].model.detector.model.backbone
+        inner = torch.compile(backbone) if case.mode == "compile" else backbone
+        # The detector brings images into this layout, in all modes.
+        arranged = images.contiguous(memory_format=torch.channels_last)
+        calls[BACKBONE] = lambda: inner(arranged)
+        work[BACKBONE] = gigaflops(backbone, arranged)
+        calls["post-processing"] = post_processing(models[SGTR], images)
+    times = medians(calls, repeats)
+    for name in names:
+        share = work[name] / times[name] * 1000 / rate
+        print(
+            f"| {case.height}x{case.width} | {case.batch_size} | {case.mode} | {name} | "
+            f"{times[name]:.0f} | {times[name] / times[names[0]]:.2f} | "
+            f"{in_fresh_process(name, case):.0f} | {work[name]:.0f} | {share:.0%} |",
+            flush=True,
+        )
+    if SGTR in models:
+        print_shares(times, work)
+
+
+def print_shares(times: dict[str, float], work: dict[str, float]) -> None:
+    """Say what lies around the backbone, in time and in operations."""
+    around = times[SGTR] - times[BACKBONE] + times["post-processing"]
+    operations = (work[SGTR] - work[BACKBONE]) / work[BACKBONE]
+    print(
+        f"  sgtr: backbone {times[BACKBONE]:.0f} ms, post-processing "
+        f"{times['post-processing']:.1f} ms, all around the backbone {around:.0f} ms = "
+        f"{around / times[BACKBONE]:.1%} of it ({operations:.1%} of its operations)",
+        flush=True,
+    )
+
+
+@torch.inference_mode()
+def check_same_weights(case: Case) -> None:
+    """Say how far the outputs of both DETRs are apart."""
+    witness, ours = (make_model(name)(case.images().zero_() + 0.5) for name in (WITNESS, OURS))
+    difference = (witness.logits - ours.logits).abs().max() / witness.logits.abs().max()
+    print(f"both DETRs on the same weights: logits differ by {difference:.1e} at most", flush=True)
 
 
 def main() -> None:
@@ -166,45 +209,24 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["600x800", "800x1066"])
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--models", nargs="+", default=[WITNESS, OURS, SGTR])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--reference", help="import path of another model, module:function")
     options = parser.parse_args()
-    models = ["detr (transformers)", "detr (ours)", "sgtr"]
-    models += [options.reference] if options.reference else []
-    rate = matrix_rate()
-    print(f"{torch.get_num_threads()} threads, {rate:.0f} GFLOP/s in float32 matrix products")
-    print("| size | batch | mode | model | ms | ratio | peak MB | GFLOP | share of rate |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for size in options.sizes:
-        height, width = map(int, size.split("x"))
-        for batch_size in options.batch_sizes:
-            for mode in options.modes:
-                reference = None
-                for name in models:
-                    case = Case(name, mode, batch_size, height, width, options.repeats)
-                    found = run(case)
-                    reference = reference or found.milliseconds
-                    share = found.gigaflops / found.milliseconds * 1000 / rate
-                    print(
-                        f"| {size} | {batch_size} | {mode} | {name} | {found.milliseconds:.0f} | "
-                        f"{found.milliseconds / reference:.2f} | {found.megabytes:.0f} | "
-                        f"{found.gigaflops:.0f} | {share:.0%} |",
-                        flush=True,
-                    )
-                    print_parts(found)
-
-
-def print_parts(found: Measurement) -> None:
-    """Say what lies around the backbone."""
-    if not found.parts:
-        return
-    backbone, post_processing = found.parts["backbone"], found.parts["post-processing"]
-    around = found.milliseconds - backbone + post_processing
+    names = [*options.models, *([options.reference] if options.reference else [])]
+    sizes = [tuple(map(int, size.split("x"))) for size in options.sizes]
     print(
-        f"  SGTR: backbone {backbone:.0f} ms, post-processing {post_processing:.1f} ms, all that "
-        f"is not the backbone {around:.0f} ms = {around / backbone:.1%} of it",
+        f"{torch.get_num_threads()} threads, {matrix_rate(torch.float32):.0f} GFLOP/s in float32 "
+        "matrix products",
         flush=True,
     )
+    check_same_weights(Case("eager", 1, *sizes[0]))
+    print("| size | batch | mode | model | ms | ratio | peak MB | GFLOP | share of rate |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for height, width in sizes:
+        for batch_size in options.batch_sizes:
+            for mode in options.modes:
+                measure(Case(mode, batch_size, height, width), names, options.repeats)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from sgtr_hf import SgtrImageProcessor, SgtrImageProcessorPil
-from sgtr_hf.image_processing.image_processing_sgtr import read_image
+from sgtr_hf.image_processing.picture_reading import read_image
 
 
 BACKENDS = [SgtrImageProcessor, SgtrImageProcessorPil]

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from sgtr_hf import SgtrDetrForObjectDetection
+from test_streaming_training import write_shards
 from tiny_training_run import (
     losses_by_update,
     make_recipe,
@@ -30,7 +31,9 @@ sys.path.insert(0, {tests!r})
 from tiny_training_run import make_recipe
 from sgtr_hf.training.loop import Trainer
 
-trainer = Trainer(make_recipe(**{fields!r}))
+recipe = make_recipe(**{fields!r})
+recipe.data.__dict__.update({data_settings!r})
+trainer = Trainer(recipe)
 assert trainer.accelerator.num_processes == 2
 original = trainer._after_update
 
@@ -44,10 +47,14 @@ trainer.run()
 """
 
 
-def run_two_processes(folder, stop_after=0, **fields):
+def run_two_processes(folder, stop_after=0, data_settings=(), **fields):
     script = folder / "worker.py"
     tests = str(Path(__file__).parent)
-    script.write_text(WORKER.format(tests=tests, fields=fields, stop_after=stop_after))
+    script.write_text(
+        WORKER.format(
+            tests=tests, fields=fields, stop_after=stop_after, data_settings=dict(data_settings)
+        )
+    )
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script)]
     environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
@@ -107,6 +114,22 @@ def test_scene_graphs_train_though_a_process_has_nothing_annotated(tmp_path):
     details = json.loads((tmp_path / "run" / "training.json").read_text())["figures"]["details"]
     # An odd number of images, each counted by one process.
     assert details["detection"]["num_images"] == details["model"]["num_images"] == 5
+
+
+def test_two_processes_stream_their_own_shards_and_resume_to_the_bit(tmp_path):
+    data = write_shards(tmp_path / "data", [9, 4, 7, 3])
+    settings = {"streaming": True, "shuffle_buffer": 6, "num_workers": 2}
+    fields = {"data": str(data), "batch_size": 2, "data_settings": settings}
+    done = run_two_processes(tmp_path, output_dir=str(tmp_path / "whole"), **fields)
+    assert done.returncode == 0, done.stderr
+    # Of 23 images, each process has five batches of two, though its shards hold 16 or 7.
+    assert len(losses_by_update(tmp_path / "whole")) == 10
+    fields["output_dir"] = str(tmp_path / "half")
+    stopped = run_two_processes(tmp_path, stop_after=7, **fields)
+    assert "Stopped after update 7" in stopped.stderr
+    done = run_two_processes(tmp_path, **fields)
+    assert done.returncode == 0, done.stderr
+    assert losses_by_update(tmp_path / "half") == losses_by_update(tmp_path / "whole")
 
 
 def test_the_documented_command_runs(data, tmp_path):

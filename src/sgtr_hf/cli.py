@@ -125,7 +125,7 @@ def query_slots(options: argparse.Namespace) -> int:
 
 def attention(options: argparse.Namespace) -> int:
     """Draw where the queries of a model look in a picture."""
-    from .image_processing.image_processing_sgtr import read_image
+    from .image_processing.picture_reading import read_image
     from .visualization.attention_maps import (
         detector_attention,
         draw_attention,

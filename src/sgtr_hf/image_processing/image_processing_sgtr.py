@@ -5,7 +5,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
@@ -15,21 +14,14 @@ from transformers.image_utils import (
     IMAGENET_DEFAULT_STD,
     PILImageResampling,
     SizeDict,
-    load_image,
 )
 from transformers.processing_utils import ImagesKwargs
-from transformers.utils import logging
 from transformers.utils.import_utils import is_torchvision_available
 
-from ..boxes import box_xyxy_to_cxcywh
 from ..post_processing import DUPLICATE_IOU, LegacyRules, detect_objects, find_scene_graphs
 from ..scene_graph import SceneGraph
-
-
-logger = logging.get_logger(__name__)
-
-_WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
-_CHANNELS = (1, 3, 4)
+from .annotation_labels import make_labels
+from .picture_reading import read_image
 
 
 class SgtrImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -288,183 +280,6 @@ if is_torchvision_available():
                     group = group.flip(-3)
                 groups[shape] = self.rescale_and_normalize(group, *normalization)
             return list(reorder_images(groups, positions))
-
-
-def read_image(source: Any, timeout: float | None = None) -> Image.Image:
-    """Open a picture of any kind as 8-bit RGB, upright as its EXIF tag says.
-
-    Args:
-        source: A path or URL, a PIL image of any mode, or an array or tensor (H, W), (H, W, C) or
-            (C, H, W) of 1, 3 or 4 channels: 8 or 16 bits, or floats in [0, 1].
-        timeout: Seconds to wait for a URL.
-
-    Raises:
-        ValueError: If it cannot be read.
-        TypeError: If it is not a picture.
-    """
-    if isinstance(source, (str, bytes)) or hasattr(source, "__fspath__"):
-        try:
-            source = load_image(str(source), timeout=timeout)
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"{source} cannot be read as a picture: {error}") from error
-    if isinstance(source, (np.ndarray, Tensor)):
-        return _array_to_rgb(np.asarray(source))
-    if not isinstance(source, Image.Image):
-        raise TypeError(
-            f"A picture must be a path, URL, PIL image, array or tensor, got "
-            f"{type(source).__name__}."
-        )
-    try:
-        return _to_rgb(ImageOps.exif_transpose(source))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"The picture is broken and cannot be decoded: {error}") from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        image.load()
-        return image
-    if image.mode in _WIDE_MODES or image.mode == "F":
-        return _array_to_rgb(np.asarray(image))
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        colors = image.convert("RGBA")
-        white = Image.new("RGBA", colors.size, "white")
-        return Image.alpha_composite(white, colors).convert("RGB")
-    return image.convert("RGB")
-
-
-def _array_to_rgb(array: np.ndarray) -> Image.Image:
-    """Bring numbers of any range to 8 bits, and channels to three."""
-    if array.ndim not in (2, 3) or 0 in array.shape:
-        raise ValueError(
-            f"A picture must have shape (H, W), (H, W, C) or (C, H, W), got {array.shape}."
-        )
-    if array.ndim == 3 and array.shape[-1] not in _CHANNELS and array.shape[0] in _CHANNELS:  # noqa: PLR2004
-        array = array.transpose(1, 2, 0)
-    if array.ndim == 3 and array.shape[-1] not in _CHANNELS:  # noqa: PLR2004
-        raise ValueError(f"A picture must have 1, 3 or 4 channels, got shape {array.shape}.")
-    if array.ndim == 3 and array.shape[-1] == 1:  # noqa: PLR2004
-        array = array[..., 0]
-    return _to_rgb(Image.fromarray(np.ascontiguousarray(_to_8_bits(array))))
-
-
-def _to_8_bits(array: np.ndarray) -> np.ndarray:
-    if array.dtype == np.uint8:
-        return array
-    if array.dtype == np.bool_:
-        return array.astype(np.uint8) * 255
-    values = array.astype(np.float64)
-    if not np.isfinite(values).all() or values.min() < 0:
-        raise ValueError("The numbers of a picture must be finite and not negative.")
-    is_float = np.issubdtype(array.dtype, np.floating)
-    highest = values.max()
-    if is_float and highest <= 1:
-        factor = 255.0
-    elif highest <= 255:  # noqa: PLR2004
-        factor = 1.0
-    elif highest <= 65535:  # noqa: PLR2004
-        # 16 bits are scaled, not cut off: 65535 becomes 255.
-        factor = 255 / 65535
-    else:
-        raise ValueError(f"The numbers of a picture must not exceed 65535, got {highest}.")
-    if array.dtype == np.uint16:
-        factor = 255 / 65535
-    return np.asarray((values * factor).round().astype(np.uint8))
-
-
-def make_labels(
-    annotation: Mapping[str, Any], original_size: tuple[int, ...], size: tuple[int, ...]
-) -> dict[str, Any]:
-    """Turn the annotation of one image into the labels that the models take.
-
-    Crowds and boxes without area inside the image go, with the relations that touch them; the
-    relations that stay point to the right entities.
-
-    Args:
-        annotation: COCO style with "relations"; see `SgtrImageProcessorPil.preprocess`.
-        original_size: Height and width that the boxes refer to.
-        size: Height and width after resizing.
-
-    Raises:
-        ValueError: If an entry is missing or points to nothing.
-    """
-    image_id = annotation.get("image_id")
-    entries = annotation.get("annotations")
-    if entries is None:
-        raise ValueError(f"The annotation of image {image_id} lacks `annotations`.")
-    height, width = original_size
-    limits = np.array([width, height, width, height], dtype=np.float64)
-    boxes = _boxes(entries, image_id)
-    boxes[:, 2:] += boxes[:, :2]
-    boxes = np.minimum(np.maximum(boxes, 0.0), limits)
-    classes = np.array([_class(entry, image_id) for entry in entries], dtype=np.int64)
-    is_crowd = np.array([bool(entry.get("iscrowd", 0)) for entry in entries], dtype=np.bool_)
-    is_kept = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]) & ~is_crowd
-    relations = _remap(_relations(annotation, len(entries), image_id), is_kept, image_id)
-    normalized = torch.from_numpy(boxes[is_kept] / limits)
-    return {
-        "class_labels": torch.from_numpy(classes[is_kept]),
-        "boxes": box_xyxy_to_cxcywh(normalized).float(),
-        "relations": torch.from_numpy(relations),
-        "image_id": image_id,
-        "orig_size": torch.tensor([height, width]),
-        "size": torch.tensor(list(size)),
-    }
-
-
-def _boxes(entries: Sequence[Mapping[str, Any]], image_id: Any) -> np.ndarray:
-    """Return (T, 4) x, y, width, height, checked all at once: this runs for every image."""
-    rows = [entry.get("bbox") for entry in entries]
-    try:
-        boxes = np.array(rows, dtype=np.float64).reshape(len(rows), 4)
-    except (TypeError, ValueError):
-        boxes = np.full((len(rows), 4), np.nan)
-    if np.isfinite(boxes).all():
-        return boxes
-    for row in rows:
-        if row is None or len(row) != 4 or not np.isfinite(row).all():  # noqa: PLR2004
-            raise ValueError(
-                f"Image {image_id}: `bbox` must be four finite numbers x, y, width, height, got "
-                f"{row}."
-            )
-    raise ValueError(f"Image {image_id}: each `bbox` must be four numbers, got {rows}.")
-
-
-def _class(entry: Mapping[str, Any], image_id: Any) -> int:
-    label = entry.get("category_id")
-    if label is None or int(label) < 0:
-        raise ValueError(f"Image {image_id}: `category_id` must count from 0, got {label}.")
-    return int(label)
-
-
-def _relations(annotation: Mapping[str, Any], num_entities: int, image_id: Any) -> np.ndarray:
-    relations = np.array(annotation.get("relations") or [], dtype=np.int64).reshape(-1, 3)
-    is_outside = (relations[:, :2] < 0) | (relations[:, :2] >= num_entities)
-    if is_outside.any() or (relations[:, 2] < 0).any():
-        row = relations[(is_outside.any(1)) | (relations[:, 2] < 0)][0].tolist()
-        raise ValueError(
-            f"Image {image_id}: the relation {row} (subject, object, predicate) points to a "
-            f"missing entity or a negative predicate; there are {num_entities} entities from 0."
-        )
-    return relations
-
-
-def _remap(relations: np.ndarray, is_kept: np.ndarray, image_id: Any) -> np.ndarray:
-    """Number the entities that stay anew, and drop relations of those that go."""
-    if is_kept.all():
-        return relations
-    stays = is_kept[relations[:, :2]].all(axis=1)
-    logger.warning(
-        "Image %s: dropped %d crowds or boxes without area inside the image, and %d relations of "
-        "theirs.",
-        image_id,
-        int((~is_kept).sum()),
-        int((~stays).sum()),
-    )
-    new_index = np.cumsum(is_kept) - 1
-    kept = relations[stays].copy()
-    kept[:, :2] = new_index[kept[:, :2]]
-    return kept
 
 
 def _rounded_size(size: SizeDict, shape: tuple[int, ...]) -> SizeDict:

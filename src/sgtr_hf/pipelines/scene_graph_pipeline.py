@@ -12,7 +12,7 @@ from transformers import Pipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
 from ..boxes import box_xyxy_to_cxcywh
-from ..image_processing.image_processing_sgtr import read_image
+from ..image_processing.picture_reading import read_image
 from ..scene_graph import SceneGraph
 
 

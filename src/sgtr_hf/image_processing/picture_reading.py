@@ -1,0 +1,94 @@
+"""Pictures in any form become RGB images of 8 bits."""
+
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from transformers.image_utils import load_image
+
+
+_WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+_CHANNELS = (1, 3, 4)
+
+
+def read_image(source: Any, timeout: float | None = None) -> Image.Image:
+    """Open a picture of any kind as 8-bit RGB, upright as its EXIF tag says.
+
+    Args:
+        source: A path or URL, a PIL image of any mode, or an array or tensor (H, W), (H, W, C) or
+            (C, H, W) of 1, 3 or 4 channels: 8 or 16 bits, or floats in [0, 1].
+        timeout: Seconds to wait for a URL.
+
+    Raises:
+        ValueError: If it cannot be read.
+        TypeError: If it is not a picture.
+    """
+    if isinstance(source, (str, bytes)) or hasattr(source, "__fspath__"):
+        try:
+            source = load_image(str(source), timeout=timeout)
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+            raise ValueError(f"{source} cannot be read as a picture: {error}") from error
+    if isinstance(source, (np.ndarray, Tensor)):
+        return _array_to_rgb(np.asarray(source))
+    if not isinstance(source, Image.Image):
+        raise TypeError(
+            f"A picture must be a path, URL, PIL image, array or tensor, got "
+            f"{type(source).__name__}."
+        )
+    try:
+        return _to_rgb(ImageOps.exif_transpose(source))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"The picture is broken and cannot be decoded: {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        image.load()
+        return image
+    if image.mode in _WIDE_MODES or image.mode == "F":
+        return _array_to_rgb(np.asarray(image))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        colors = image.convert("RGBA")
+        white = Image.new("RGBA", colors.size, "white")
+        return Image.alpha_composite(white, colors).convert("RGB")
+    return image.convert("RGB")
+
+
+def _array_to_rgb(array: np.ndarray) -> Image.Image:
+    """Bring numbers of any range to 8 bits, and channels to three."""
+    if array.ndim not in (2, 3) or 0 in array.shape:
+        raise ValueError(
+            f"A picture must have shape (H, W), (H, W, C) or (C, H, W), got {array.shape}."
+        )
+    if array.ndim == 3 and array.shape[-1] not in _CHANNELS and array.shape[0] in _CHANNELS:  # noqa: PLR2004
+        array = array.transpose(1, 2, 0)
+    if array.ndim == 3 and array.shape[-1] not in _CHANNELS:  # noqa: PLR2004
+        raise ValueError(f"A picture must have 1, 3 or 4 channels, got shape {array.shape}.")
+    if array.ndim == 3 and array.shape[-1] == 1:  # noqa: PLR2004
+        array = array[..., 0]
+    return _to_rgb(Image.fromarray(np.ascontiguousarray(_to_8_bits(array))))
+
+
+def _to_8_bits(array: np.ndarray) -> np.ndarray:
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == np.bool_:
+        return array.astype(np.uint8) * 255
+    values = array.astype(np.float64)
+    if not np.isfinite(values).all() or values.min() < 0:
+        raise ValueError("The numbers of a picture must be finite and not negative.")
+    is_float = np.issubdtype(array.dtype, np.floating)
+    highest = values.max()
+    if is_float and highest <= 1:
+        factor = 255.0
+    elif highest <= 255:  # noqa: PLR2004
+        factor = 1.0
+    elif highest <= 65535:  # noqa: PLR2004
+        # 16 bits are scaled, not cut off: 65535 becomes 255.
+        factor = 255 / 65535
+    else:
+        raise ValueError(f"The numbers of a picture must not exceed 65535, got {highest}.")
+    if array.dtype == np.uint16:
+        factor = 255 / 65535
+    return np.asarray((values * factor).round().astype(np.uint8))
