@@ -1,8 +1,9 @@
 """Times DETR-R50 here and in transformers on the same weights, and SGTR-VG150 beside its backbone.
 
 Run it on an idle machine. The models of a table row take turns in one process, so that ratios hold
-even if the clock rate drifts; peak memory is measured in a fresh process each. Another reference
-can be named as an import path:
+even if the clock rate drifts, and each time is the least of its turns, as other work only adds to
+it; peak memory is measured in a fresh process each. The backbone of SGTR is timed within forward
+passes of the whole. Another reference can be named as an import path:
 
     python benchmarks/inference.py --reference package.module:function
 
@@ -12,12 +13,11 @@ anything.
 
 import argparse
 import importlib
-import resource
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -96,8 +96,8 @@ def make_model(name: str) -> nn.Module:
     return ours.eval()
 
 
-def medians(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Return the median milliseconds of calls that take turns, after two turns to warm up."""
+def least_times(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Return the least milliseconds of calls that take turns, after two turns to warm up."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 2):
         for name, call in calls.items():
@@ -105,7 +105,23 @@ def medians(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, f
             call()
             if turn > 1:
                 times[name].append(1000 * (time.perf_counter() - started))
-    return {name: statistics.median(found) for name, found in times.items()}
+    return {name: min(found) for name, found in times.items()}
+
+
+class Stopwatch:
+    """Times the calls of a module within those of the model around it, in milliseconds."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.times: list[float] = []
+        self._started = 0.0
+        module.register_forward_pre_hook(self._start)
+        module.register_forward_hook(self._stop)
+
+    def _start(self, *_: object) -> None:
+        self._started = time.perf_counter()
+
+    def _stop(self, *_: object) -> None:
+        self.times.append(1000 * (time.perf_counter() - self._started))
 
 
 def matrix_rate(dtype: torch.dtype, size: int = 2048) -> float:
@@ -113,7 +129,7 @@ def matrix_rate(dtype: torch.dtype, size: int = 2048) -> float:
     # Without units for bfloat16 a processor needs seconds for a large product.
     size = size if dtype == torch.float32 else 512
     left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
-    return 2 * size**3 / 1e6 / medians({"product": lambda: left @ right}, 10)["product"]
+    return 2 * size**3 / 1e6 / least_times({"product": lambda: left @ right}, 10)["product"]
 
 
 def gigaflops(model: nn.Module, images: Tensor) -> float:
@@ -129,10 +145,17 @@ def peak_megabytes(name: str, case: Case) -> float:
     model = case.prepare(make_model(name))
     images = case.images()
     call = torch.compile(model) if case.mode == "compile" else model
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Building the model took more than holding it does, so the mark is set anew where Linux can.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak_kilobytes()
     call(images)
-    # Linux counts kilobytes.
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (peak_kilobytes() - before) / 1024
+
+
+def peak_kilobytes() -> int:
+    """The most memory this process has held since the mark was set."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def in_fresh_process(name: str, case: Case) -> float:
@@ -162,15 +185,16 @@ def measure(case: Case, names: Sequence[str], repeats: int) -> None:
     for name, model in models.items():
         run = torch.compile(model) if case.mode == "compile" else model
         calls[name] = lambda run=run: run(images)
-    if SGTR in models:
+    # Hooks would break a compiled graph apart.
+    inner = None
+    if SGTR in models and case.mode != "compile":
         backbone = models[SGTR].model.detector.model.backbone
-        inner = torch.compile(backbone) if case.mode == "compile" else backbone
         # The detector brings images into this layout, in all modes.
         arranged = images.contiguous(memory_format=torch.channels_last)
-        calls[BACKBONE] = lambda: inner(arranged)
         work[BACKBONE] = gigaflops(backbone, arranged)
         calls["post-processing"] = post_processing(models[SGTR], images)
-    times = medians(calls, repeats)
+        inner = Stopwatch(backbone)
+    times = least_times(calls, repeats)
     for name in names:
         share = work[name] / times[name] * 1000 / rate
         print(
@@ -179,8 +203,8 @@ def measure(case: Case, names: Sequence[str], repeats: int) -> None:
             f"{in_fresh_process(name, case):.0f} | {work[name]:.0f} | {share:.0%} |",
             flush=True,
         )
-    if SGTR in models:
-        print_shares(times, work)
+    if inner is not None:
+        print_shares(times | {BACKBONE: min(inner.times)}, work)
 
 
 def print_shares(times: dict[str, float], work: dict[str, float]) -> None:
