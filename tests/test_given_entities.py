@@ -5,6 +5,9 @@ from PIL import Image
 
 import sgtr_hf
 from conftest import small_config
+from sgtr_hf.modeling.given_entities import given_logits, pad_given_entities
+from sgtr_hf.modeling.modeling_sgtr_detr import entity_probabilities
+from sgtr_hf.modeling.query_selection import ScoredCells
 from sgtr_hf.pipelines.scene_graph_pipeline import SceneGraphPipeline, relative_boxes
 
 
@@ -35,6 +38,41 @@ def test_given_boxes_and_labels_come_out_again(pixel_values, fields):
     torch.testing.assert_close(boxes_only.pred_boxes[0], BOXES[0])
     assert boxes_only.entity_probabilities.min() > 0
     assert boxes_only.entity_probabilities.max() < 1
+
+
+@pytest.mark.parametrize("classification", ["focal", "softmax"])
+def test_given_boxes_hold_an_entity_of_some_class(classification):
+    config = small_config({"classification": classification}).detector
+    boxes = [BOXES[0][:2]]
+    given = pad_given_entities(config, boxes, None, torch.device("cpu"))
+    columns = config.num_labels + (classification == "softmax")
+    logits = torch.linspace(-9, 40, 2 * columns).reshape(1, 2, columns)
+    found = given_logits(config, logits, given)
+    probabilities = entity_probabilities(found, classification)
+    torch.testing.assert_close(probabilities.sum(-1), torch.ones(1, 2), rtol=0, atol=1e-4)
+    alone = entity_probabilities(logits, classification)
+    expected = alone / alone.sum(-1, keepdim=True)
+    torch.testing.assert_close(probabilities, expected, rtol=0, atol=1e-4)
+
+
+def test_content_of_a_given_box_is_that_of_a_sure_cell_on_it():
+    model = make_model()
+    selection = model.model.detector.model.query_selection
+    box = torch.tensor([[[0.4, 0.4, 0.2, 0.2]]])
+    near, far = torch.tensor([0.4, 0.4, 0.2, 0.19]), torch.tensor([0.8, 0.8, 0.2, 0.2])
+    features = torch.eye(3, 16)[None]
+
+    def content(logits, *boxes):
+        cells = ScoredCells(features, torch.tensor(logits)[None, :, None], torch.stack(boxes)[None])
+        selection.score = lambda *_: cells
+        return selection.content_at(features, cells.boxes, box)[0, 0].argmax().item()
+
+    # Of two cells on the box the surer one; one elsewhere never, however sure it is.
+    assert content([-4.0, 2.0, 9.0], box[0, 0], near, far) == 1
+    assert content([1.0, -2.0, 9.0], near, box[0, 0], far) == 0
+    # Where none touches it, the nearest.
+    further = torch.tensor([0.9, 0.9, 0.1, 0.1])
+    assert content([0.0, 0.0, 9.0], far, further, further) == 0
 
 
 def test_padding_of_given_entities_changes_nothing(pixel_values):

@@ -3,11 +3,12 @@
 Boxes alone make the task SGCls of the literature, boxes with classes PredCls.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..configuration.configuration_sgtr_detr import SgtrDetrConfig
@@ -79,10 +80,23 @@ def pad_given_entities(
 
 
 def given_logits(config: SgtrDetrConfig, logits: Tensor, given: GivenEntities) -> Tensor:
-    """Make class logits (B, N, C or C + 1) certain where classes are given; rule padding out."""
+    """Read class logits (B, N, C or C + 1) in the knowledge that a box holds an entity.
+
+    Classes that are given are certain; else the probabilities of an entity's classes sum to 1, and
+    none is left for no-object. Padding is no entity.
+    """
     if given.labels is not None:
         certain = torch.full_like(logits, -CERTAIN_LOGIT)
         logits = certain.scatter(-1, given.labels[..., None], CERTAIN_LOGIT)
+    elif config.classification == "softmax":
+        logits = torch.cat(
+            (logits[..., :-1], torch.full_like(logits[..., -1:], -CERTAIN_LOGIT)), dim=-1
+        )
+    else:
+        log_probabilities = nn.functional.logsigmoid(logits).log_softmax(-1)
+        # The logit of p is log p - log(1 - p), where 1 - p must not vanish.
+        others = torch.log1p(-log_probabilities.exp().clamp(max=1 - math.exp(-CERTAIN_LOGIT / 2)))
+        logits = log_probabilities - others
     nothing = torch.full_like(logits, -CERTAIN_LOGIT)
     if config.classification == "softmax":
         nothing[..., -1] = CERTAIN_LOGIT

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..boxes import box_cxcywh_to_xyxy, generalized_box_iou
+from ..boxes import box_cxcywh_to_xyxy, box_iou, generalized_box_iou
 from ..configuration.configuration_sgtr_detr import SgtrDetrConfig
 from .prediction_heads import BoxHead, ClassHead, inverse_sigmoid
 
@@ -86,7 +86,10 @@ class QuerySelection(nn.Module):
         return ScoredCells(features, self.class_head(features), boxes)
 
     def content_at(self, features: Tensor, cells: Tensor, boxes: Tensor) -> Tensor:
-        """Return the content (B, N, d_model) of the cells whose boxes are nearest to given ones.
+        """Return the content (B, N, d_model) of the cells that fit given boxes best.
+
+        Among cells of much the same box those count that are surest of a class, because the
+        decoder has learned from such cells.
 
         Args:
             features: (B, S, d_model) encoded image.
@@ -94,8 +97,11 @@ class QuerySelection(nn.Module):
             boxes: (B, N, 4) cxcywh, given.
         """
         scored = self.score(features, cells)
-        overlap = generalized_box_iou(
-            box_cxcywh_to_xyxy(boxes)[:, :, None], box_cxcywh_to_xyxy(scored.boxes)[:, None]
-        )
-        nearest = overlap.argmax(-1)[..., None].expand(-1, -1, features.shape[-1])
+        given = box_cxcywh_to_xyxy(boxes)[:, :, None]
+        found = box_cxcywh_to_xyxy(scored.boxes)[:, None]
+        logits = scored.logits if self.is_focal else scored.logits[..., :-1]
+        sureness = logits.sigmoid().amax(-1).sqrt()[:, None]
+        # Where no cell overlaps, the generalised IoU still tells near from far.
+        fit = box_iou(given, found) * sureness + 1e-4 * generalized_box_iou(given, found)
+        nearest = fit.argmax(-1)[..., None].expand(-1, -1, features.shape[-1])
         return scored.features.detach().gather(1, nearest)
