@@ -9,6 +9,7 @@ the boxes lie. As `scripts/train_sgtr.py`:
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from sgtr_hf.modeling.graph_outputs import SgtrSceneGraphOutput
 from sgtr_hf.modeling.modeling_sgtr_detr import entity_probabilities
 from sgtr_hf.modeling.prediction_heads import ClassHead
 from sgtr_hf.training.command import run_recipe
+from sgtr_hf.training.tasks.scene_tasks import SceneGraphTask
 
 
 WIDTH = 128
@@ -144,4 +146,4 @@ class DensePairHead(SgtrForSceneGraphGeneration):
 
 
 if __name__ == "__main__":
-    run_recipe(__doc__, "scene_graph", DensePairHead)
+    run_recipe(__doc__, "scene_graph", partial(SceneGraphTask, model_class=DensePairHead))

@@ -198,7 +198,7 @@ def test_scene_graphs_train_on_a_stream(tmp_path, without_drawing):
     trainer = Trainer(recipe)
     trainer.run()
     # The baseline has counted every relation of the stream.
-    assert trainer.baseline is not None
+    assert trainer.task.baseline is not None
     assert len(losses_by_update(tmp_path / "run")) == 2
 
 
@@ -267,7 +267,7 @@ def test_new_settings_train(tmp_path, without_drawing, caplog):
     with caplog.at_level("INFO"):
         trainer = Trainer(recipe)
     assert "A mirrored image swaps the predicates left of / right of." in caplog.text
-    images = trainer.splits.train
+    images = trainer.task.splits.train
     assert {min(images[index].image.size) for index in range(20)} == {64, 80, 96}
     assert images[0].annotation["relations"] == [[0, 1, 1]]
     trainer.run()

@@ -3,24 +3,27 @@
 import argparse
 import logging
 import sys
-from typing import Literal
+from collections.abc import Callable
 
-from ..modeling.modeling_sgtr import SgtrForSceneGraphGeneration
+from accelerate import Accelerator
+
 from .loop import Trainer
-from .recipe import load_recipe
+from .recipe import Recipe, load_recipe
+from .tasks.task_choice import make_task
+from .tasks.training_task import TrainingTask
 
 
 def run_recipe(
     description: str | None,
-    task: Literal["detection", "scene_graph"],
-    scene_graph_class: type[SgtrForSceneGraphGeneration] = SgtrForSceneGraphGeneration,
+    task: str,
+    open_task: Callable[[Recipe, Accelerator], TrainingTask] = make_task,
 ) -> None:
     """Parse the command line, and train; a mistake of the user ends it with a line that says so.
 
     Args:
         description: Of the script.
         task: That the recipe must have.
-        scene_graph_class: Class of a scene graph model.
+        open_task: As for `Trainer`.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -36,7 +39,7 @@ def run_recipe(
             raise ValueError(
                 f"`task` of {options.recipe} is {recipe.task!r}, this trains {task!r}."
             )
-        Trainer(recipe, scene_graph_class).run()
+        Trainer(recipe, open_task).run()
     except (ValueError, ArithmeticError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt as interruption:

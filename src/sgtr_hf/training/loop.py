@@ -1,48 +1,32 @@
-"""The training loop, the same for detection and scene graphs, on one process or many."""
+"""The training loop, the same for every task, on one process or many."""
 
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..data.streaming_dataset import SceneGraphStream
-from ..data.training_dataset import Collator, SceneGraphDataset, prepare_worker
-from ..metrics.frequency_baseline import FrequencyBaseline
-from ..modeling.modeling_sgtr import SgtrForSceneGraphGeneration
 from ..visualization.training_curves import draw_training_curves
 from .checkpoints import Progress, find_checkpoint, save_checkpoint, save_model
-from .detector_cache import CachedDetectorDataset, collate_cached
-from .evaluation import Evaluator, evaluate
 from .interruption import Interruption
-from .optimization import make_optimizer, make_schedule
 from .recipe import Recipe
 from .run_log import LossMeter, RunLog
 from .run_record import describe_run
-from .setup_run import (
-    make_image_processor,
-    make_model,
-    make_splits,
-    with_predicate_frequencies,
-)
+from .tasks.task_choice import make_task
+from .tasks.training_task import RunLength, TrainingTask
 
 
 logger = logging.getLogger(__name__)
-
-# The figure by which the best model is kept. F is the harmonic mean of R and mR.
-BEST_FIGURE = {"detection": "AP", "scene_graph": "F@50"}
 
 
 class Trainer:
@@ -50,7 +34,7 @@ class Trainer:
 
     Args:
         recipe: What to train, on what, and how.
-        scene_graph_class: Class of a scene graph model, as for `make_model`.
+        open_task: Makes the task; another than the recipe's own for another model, to compare with.
 
     Raises:
         ValueError: If the recipe does not fit the data.
@@ -59,7 +43,7 @@ class Trainer:
     def __init__(
         self,
         recipe: Recipe,
-        scene_graph_class: type[SgtrForSceneGraphGeneration] = SgtrForSceneGraphGeneration,
+        open_task: Callable[[Recipe, Accelerator], TrainingTask] = make_task,
     ) -> None:
         self.recipe, self.settings = recipe, recipe.training
         if self.settings.num_threads is not None:
@@ -77,22 +61,15 @@ class Trainer:
         self.description = describe_run(recipe, self.accelerator.num_processes)
         self.output_dir = Path(self.settings.output_dir)
         self.checkpoint = find_checkpoint(self.output_dir, self.settings.resume)
-        self.splits = make_splits(recipe.data, self.settings.seed)
-        self.image_processor = make_image_processor(recipe)
+        self.task = open_task(recipe, self.accelerator)
         self.progress = Progress()
         self.meter = LossMeter()
-        self._prepare(scene_graph_class)
-        self.baseline = self._fit_baseline()
+        self._prepare()
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self.log = RunLog(self.output_dir / "log.jsonl", enabled=self.accelerator.is_main_process)
 
-    def _prepare(self, scene_graph_class: type[SgtrForSceneGraphGeneration]) -> None:
-        model = make_model(
-            with_predicate_frequencies(self.recipe, self.splits.train),
-            self.splits.train.id2label,
-            self.splits.train.id2predicate,
-            scene_graph_class,
-        )
+    def _prepare(self) -> None:
+        model = self.task.make_model()
         if self.settings.gradient_checkpointing:
             model.activation_checkpointing_enable()
         self.average: AveragedModel | None = None
@@ -101,14 +78,12 @@ class Trainer:
                 model, multi_avg_fn=get_ema_multi_avg_fn(self.settings.ema_decay)
             ).to(self.accelerator.device)
             self.accelerator.register_for_checkpointing(self.average)
-        optimizer = make_optimizer(model, self.settings)
-        loader = self._training_loader(model)
+        optimizer = self.task.make_optimizer(model)
+        self.loader = self.task.training_loader(model)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        is_stream = isinstance(self.train_images, SceneGraphStream)
-        self.loader: Any = loader if is_stream else self.accelerator.prepare(loader)
         if len(self.loader) == 0:
             raise ValueError(
-                f"The training split has {self.splits.train.num_images} images, too few for a "
+                f"The training split has {self.task.num_images} images, too few for a "
                 f"batch of {self.settings.batch_size} on each of "
                 f"{self.accelerator.num_processes} processes; lower `training.batch_size`."
             )
@@ -117,81 +92,10 @@ class Trainer:
             self.settings.epochs or 0
         )
         # Not prepared: accelerate would advance it once a process.
-        self.schedule = make_schedule(self.optimizer.optimizer, self.settings, self.num_updates)
+        self.schedule = self.task.make_schedule(
+            self.optimizer.optimizer, RunLength(self.num_updates, self.updates_per_epoch)
+        )
         self.accelerator.register_for_checkpointing(self.schedule, self.progress)
-
-    def _training_loader(self, model: PreTrainedModel) -> DataLoader[Any]:
-        """Read images or, with a cache, what the detector made of them."""
-        images = self.splits.train
-        self.train_images: SceneGraphDataset | SceneGraphStream | CachedDetectorDataset = images
-        if isinstance(images, SceneGraphStream):
-            return self._streaming_loader(images)
-        if not self.settings.cached_epochs or not isinstance(model, SgtrForSceneGraphGeneration):
-            return self._loader(images, shuffle=True)
-        cache = CachedDetectorDataset(
-            self.output_dir / "detector-cache", images, self.settings.cached_epochs
-        )
-        cache.prepare(
-            model.to(self.accelerator.device),
-            Collator(self.image_processor, with_references=False),
-            self.accelerator,
-            self.recipe.data.num_workers,
-        )
-        self.train_images = cache
-        return DataLoader(
-            cache,
-            batch_size=self.settings.batch_size,
-            shuffle=True,
-            drop_last=True,
-            collate_fn=collate_cached,
-            generator=torch.Generator().manual_seed(self.settings.seed),
-        )
-
-    def _streaming_loader(self, images: SceneGraphStream) -> DataLoader[Any]:
-        """Read this process's shards; accelerate, which would split them again, only moves them."""
-        accelerator = self.accelerator
-        part = images.for_training(
-            accelerator.process_index, accelerator.num_processes, self.settings.batch_size
-        )
-        self.train_images = part
-        loader: DataLoader[Any] = prepare_data_loader(
-            DataLoader(
-                part,
-                batch_size=self.settings.batch_size,
-                drop_last=True,
-                num_workers=part.num_useful_workers(self.recipe.data.num_workers),
-                collate_fn=Collator(self.image_processor, with_references=False),
-                worker_init_fn=prepare_worker,
-                generator=torch.Generator().manual_seed(self.settings.seed),
-            ),
-            accelerator.device,
-            num_processes=1,
-            process_index=0,
-            put_on_device=True,
-            dispatch_batches=False,
-        )
-        return loader
-
-    def _fit_baseline(self) -> FrequencyBaseline | None:
-        if self.recipe.task == "detection":
-            return None
-        train = self.splits.train
-        baseline = FrequencyBaseline(len(train.id2label), len(train.id2predicate))
-        return baseline.fit(train.references())
-
-    def _loader(self, dataset: Any, *, shuffle: bool) -> DataLoader[Any]:
-        return DataLoader(
-            dataset,
-            batch_size=self.settings.batch_size,
-            shuffle=shuffle,
-            drop_last=shuffle,
-            num_workers=self.recipe.data.num_workers,
-            collate_fn=Collator(self.image_processor, with_references=not shuffle),
-            worker_init_fn=prepare_worker,
-            # Its own, or each start of a loader would draw from the generator of the noise, and
-            # a resumed run, which starts one more, would go on with other noise.
-            generator=torch.Generator().manual_seed(self.settings.seed),
-        )
 
     def run(self) -> dict[str, Any]:
         """Train to the end, and return the figures of the last evaluation.
@@ -239,7 +143,7 @@ class Trainer:
         """Train, and give way after each update."""
         progress = self.progress
         while progress.updates < self.num_updates:
-            self.train_images.epoch = progress.epoch
+            self.task.train_images.epoch = progress.epoch
             for batch in self._batches():
                 self._step(batch)
                 progress.batches += 1
@@ -271,28 +175,26 @@ class Trainer:
     def _step(self, batch: dict[str, Any]) -> None:
         self.model.train()
         with self.accelerator.accumulate(self.model):
-            outputs = self.model(**batch)
-            losses = {"loss": outputs.loss, **outputs.loss_dict}
-            self._check_finite(outputs.loss, losses)
-            self.accelerator.backward(outputs.loss)
+            losses = self.task.compute_losses(self.model, batch, self.progress)
+            self._check_finite(losses["loss"], losses)
+            self.accelerator.backward(losses["loss"])
             if self.accelerator.sync_gradients:
-                limit = self.settings.gradient_clip_norm or float("inf")
-                losses["gradient_norm"] = self.accelerator.clip_grad_norm_(
-                    self.model.parameters(), limit
-                )
+                losses["gradient_norm"] = self.task.clip_gradients(self.model, self.progress)
                 self._check_finite(losses["gradient_norm"], losses)
             self.optimizer.step()
             self.optimizer.zero_grad()
-        self.meter.add(losses, len(batch["labels"]))
+        self.meter.add(losses, self.task.count_images(batch))
 
     def _after_update(self) -> None:
         rate = self.schedule.get_last_lr()[-1]
         self.schedule.step()
+        model = self.accelerator.unwrap_model(self.model)
+        values = self.task.after_update(model, self.progress)
         if self.average is not None:
-            self.average.update_parameters(self.accelerator.unwrap_model(self.model))
+            self.average.update_parameters(model)
         if self.progress.updates % self.settings.log_every == 0:
-            values = {**self.meter.summarize(), "learning_rate": rate}
-            self.log.write("train", self.progress.updates, self._epoch(), values)
+            line = {**self.meter.summarize(), "learning_rate": float(rate), **values}
+            self.log.write("train", self.progress.updates, self._epoch(), line)
 
     def _epoch(self) -> float:
         return self.progress.epoch + self.progress.batches / len(self.loader)
@@ -313,24 +215,14 @@ class Trainer:
         return model if self.average is None else _unwrap(self.average)
 
     def _evaluate(self) -> dict[str, Any]:
-        """Evaluate each process's share of the validation split, and gather."""
-        validation = self.splits.validation
-        shares = range(
-            self.accelerator.process_index, len(validation), self.accelerator.num_processes
-        )
-        evaluator = Evaluator(
-            self.image_processor, validation.id2label, validation.id2predicate, self.baseline
-        )
-        loader = self._loader(Subset(validation, list(shares)), shuffle=False)
-        evaluate(self._evaluated_model(), loader, evaluator)
-        evaluator.gather()
-        figures = evaluator.compute()
+        """Evaluate, and keep the best model."""
+        figures = self.task.evaluate(self._evaluated_model())
         if self.accelerator.is_main_process:
             flat = {name: value for name, value in figures.items() if name != "details"}
             self.log.write("validation", self.progress.updates, self._epoch(), flat)
             logger.info("Update %d: %s", self.progress.updates, flat)
             draw_training_curves(self.log.path, self.output_dir / "curves.png")
-        self._keep_best(figures[BEST_FIGURE[self.recipe.task]])
+        self._keep_best(figures[self.task.best_figure])
         return figures
 
     def _keep_best(self, figure: float | None) -> None:
@@ -339,7 +231,7 @@ class Trainer:
             return
         self.progress.best = figure
         if self.accelerator.is_main_process:
-            save_model(self._evaluated_model(), self.image_processor, self.output_dir / "best")
+            save_model(self._evaluated_model(), self.task.image_processor, self.output_dir / "best")
 
     def _save_checkpoint(self) -> None:
         self.progress.seconds = self.log.seconds
@@ -355,7 +247,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if not self.accelerator.is_main_process:
             return
-        save_model(self._evaluated_model(), self.image_processor, self.output_dir / "final")
+        save_model(self._evaluated_model(), self.task.image_processor, self.output_dir / "final")
         batch_size = self.settings.batch_size * self.settings.gradient_accumulation_steps
         record = {
             "figures": figures,

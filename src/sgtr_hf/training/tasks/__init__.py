@@ -1,0 +1,1 @@
+"""What can be trained: each task brings model, data, loss and evaluation to the one loop."""
