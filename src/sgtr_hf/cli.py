@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,19 @@ from PIL import Image, UnidentifiedImageError
 
 from ._version import __version__
 from .auto import DEFAULT_CHECKPOINT, TASK
+from .command_arguments import (
+    check_output_names,
+    image_paths,
+    model_folder,
+    positive,
+    probability,
+)
 from .configuration.configuration_sgtr import SgtrConfig
 from .data_commands import add_data_commands
+from .dino_commands import add_dino_commands
 from .evaluation_commands import add_evaluation_commands
 from .graph_output import GraphOutput
 from .scene_graph import SceneGraph
-
-
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,11 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def predict(options: argparse.Namespace) -> int:
     """Find the scene graphs of pictures, print them, and write what was asked for."""
-    paths = list(_image_paths(options.images))
-    _check_output_names(options.draw, options.output)
+    paths = list(image_paths(options.images))
+    check_output_names(options.draw, options.output)
     from transformers import pipeline
 
-    generate = pipeline(TASK, model=_model_folder(options.model))
+    generate = pipeline(TASK, model=model_folder(options.model))
     config, broken = generate.model.config, 0
     with GraphOutput(options.output, paths, config.id2label, config.id2predicate) as output:
         for path in paths:
@@ -113,8 +118,8 @@ def query_slots(options: argparse.Namespace) -> int:
         write_slot_statistics,
     )
 
-    paths = list(_image_paths(options.images))
-    _check_output_names(options.output, options.statistics)
+    paths = list(image_paths(options.images))
+    check_output_names(options.output, options.statistics)
     model, image_processor = _load_model(options.model)
     slots = collect_query_slots(model, image_processor, tqdm(paths, desc="images"))
     draw_query_slots(slots, options.slots, options.small_area).save(options.output)
@@ -132,7 +137,7 @@ def attention(options: argparse.Namespace) -> int:
         triplet_attention,
     )
 
-    _check_output_names(options.output)
+    check_output_names(options.output)
     image = read_image(options.image)
     model, image_processor = _load_model(options.model, attn_implementation="eager")
     if options.triplets:
@@ -150,7 +155,7 @@ def attention(options: argparse.Namespace) -> int:
 def _load_model(model: str, **arguments: Any) -> tuple[Any, Any]:
     from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
-    folder = _model_folder(model)
+    folder = model_folder(model)
     return (
         AutoModelForObjectDetection.from_pretrained(folder, **arguments),
         AutoImageProcessor.from_pretrained(folder),
@@ -168,6 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_data_commands(commands)
     add_evaluation_commands(commands)
+    add_dino_commands(commands)
     _add_query_slots(commands.add_parser("query-slots", help="draw what each query looks for"))
     _add_attention(commands.add_parser("attention", help="draw where queries look in a picture"))
     return parser
@@ -185,8 +191,8 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
         help="write the graphs to this file, as JSON, or Parquet if it ends so",
     )
     parser.add_argument("--draw", type=Path, help="draw each graph into this image file")
-    parser.add_argument("--top-k", type=_positive, default=20, help="most relations a picture")
-    parser.add_argument("--threshold", type=_probability, default=0.1, help="least relation score")
+    parser.add_argument("--top-k", type=positive, default=20, help="most relations a picture")
+    parser.add_argument("--threshold", type=probability, default=0.1, help="least relation score")
     parser.add_argument(
         "--graph-constraint",
         action="store_true",
@@ -197,12 +203,12 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
 def _add_make_tabletop(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=make_tabletop)
     parser.add_argument("folder", type=Path, metavar="OUTPUT", help="empty or new folder")
-    parser.add_argument("--images", type=_positive, default=10000, help="training images")
+    parser.add_argument("--images", type=positive, default=10000, help="training images")
     parser.add_argument("--validation-images", type=int, default=500)
     parser.add_argument("--test-images", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0, help="decides every scene")
-    parser.add_argument("--workers", type=_positive, help="processes; one a core by default")
-    parser.add_argument("--image-size", type=_positive, default=256, help="pixels a side")
+    parser.add_argument("--workers", type=positive, help="processes; one a core by default")
+    parser.add_argument("--image-size", type=positive, default=256, help="pixels a side")
 
 
 def _add_convert_checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -238,10 +244,10 @@ def _add_query_slots(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=DEFAULT_CHECKPOINT, help="folder or Hub id")
     parser.add_argument("--output", type=Path, required=True, help="image file to draw")
     parser.add_argument("--statistics", type=Path, help="JSON file of shares, centres, occupancy")
-    parser.add_argument("--slots", type=_positive, default=20, help="queries to draw")
+    parser.add_argument("--slots", type=positive, default=20, help="queries to draw")
     parser.add_argument(
         "--small-area",
-        type=_probability,
+        type=probability,
         default=0.1,
         help="share of the image below which a box is small",
     )
@@ -272,55 +278,6 @@ def _point(text: str) -> tuple[float, float]:
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"must look like 0.3,0.5, got {text}") from error
     return x, y
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-def _probability(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {value}")
-    return value
-
-
-def _image_paths(images: Iterable[str]) -> Iterable[str]:
-    """Files and URLs as they are, folders as the image files in them."""
-    for image in images:
-        if image.startswith(("http://", "https://")):
-            yield image
-            continue
-        path = Path(image)
-        if path.is_dir():
-            files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-            if not files:
-                raise ValueError(f"the folder {path} has no image ({', '.join(IMAGE_SUFFIXES)}).")
-            yield from map(str, files)
-        elif path.is_file():
-            yield image
-        else:
-            raise FileNotFoundError(f"there is no file or folder {path}.")
-
-
-def _model_folder(model: str) -> str:
-    """Reject a local folder that is no checkpoint before transformers takes it for a Hub id."""
-    path = Path(model)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ValueError(f"`--model` {model} is not a checkpoint: the folder has no config.json.")
-    return model
-
-
-def _check_output_names(drawing: Path | None, *others: Path | None) -> None:
-    """Complain before the work is done, not after."""
-    for path in (drawing, *others):
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"the folder {path.parent} of {path.name} does not exist.")
-    if drawing is not None and drawing.suffix.lower() not in IMAGE_SUFFIXES:
-        raise ValueError(f"the drawing {drawing} must end like an image file, as in graph.png.")
 
 
 def _numbered(path: Path, image: str, count: int) -> Path:

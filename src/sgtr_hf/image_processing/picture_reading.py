@@ -8,6 +8,8 @@ from torch import Tensor
 from transformers.image_utils import load_image
 
 
+# Files that folders of pictures are made of.
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 _WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 _CHANNELS = (1, 3, 4)
 

@@ -205,6 +205,8 @@ class DinoVitForImageClassification(DinoVitPreTrainedModel):
         if not self.config.classify_patch_mean:
             return features
         patches = tokens[-1, :, 1 + self.config.num_registers :].mean(1)
+        if self.config.num_classification_layers > 1:
+            return torch.cat((features, patches), dim=1)
         # Class and patch features alternate, one number each: DINO's released weights want that.
         return torch.stack((features, patches), dim=-1).flatten(1)
 

@@ -1,0 +1,79 @@
+"""What the commands of `sgtr-hf` share: kinds of arguments, and checks before the work begins."""
+
+import argparse
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from .image_processing.picture_reading import IMAGE_SUFFIXES
+
+
+def positive(text: str) -> int:
+    """Read a whole number above 0."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def probability(text: str) -> float:
+    """Read a number between 0 and 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {value}")
+    return value
+
+
+def positive_number(text: str) -> float:
+    """Read a number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {value}")
+    return value
+
+
+def image_paths(images: Iterable[str]) -> Iterator[str]:
+    """Files and URLs as they are, folders as the image files in them.
+
+    Raises:
+        ValueError: If a folder has no image.
+        FileNotFoundError: If there is no such file or folder.
+    """
+    for image in images:
+        if image.startswith(("http://", "https://")):
+            yield image
+            continue
+        path = Path(image)
+        if path.is_dir():
+            files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+            if not files:
+                raise ValueError(f"the folder {path} has no image ({', '.join(IMAGE_SUFFIXES)}).")
+            yield from map(str, files)
+        elif path.is_file():
+            yield image
+        else:
+            raise FileNotFoundError(f"there is no file or folder {path}.")
+
+
+def model_folder(model: str) -> str:
+    """Reject a local folder that is no checkpoint before transformers takes it for a Hub id.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    path = Path(model)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"`--model` {model} is not a checkpoint: the folder has no config.json.")
+    return model
+
+
+def check_output_names(drawing: Path | None, *others: Path | None) -> None:
+    """Complain before the work is done, not after.
+
+    Raises:
+        ValueError: If the folder of a file does not exist, or a drawing is not named like one.
+    """
+    for path in (drawing, *others):
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"the folder {path.parent} of {path.name} does not exist.")
+    if drawing is not None and drawing.suffix.lower() not in IMAGE_SUFFIXES:
+        raise ValueError(f"the drawing {drawing} must end like an image file, as in graph.png.")

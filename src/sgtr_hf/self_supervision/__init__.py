@@ -1,0 +1,1 @@
+"""What a vision transformer learned without labels: the evaluations of DINO (Caron et al. 2021)."""

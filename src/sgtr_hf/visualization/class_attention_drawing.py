@@ -1,0 +1,81 @@
+"""Attention of the class token over its picture: a panel a head, and a heat map for a film."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+
+
+_INCHES = 2.6
+_HEAT_OPACITY = 0.65
+_SHADE = 0.25
+
+
+def draw_class_attention(
+    image: Image.Image,
+    attention: NDArray[np.floating],
+    marked: NDArray[np.bool_] | None = None,
+    columns: int = 4,
+) -> Image.Image:
+    """Draw what each head looks at.
+
+    Args:
+        image: As the model saw it.
+        attention: (heads, h, w).
+        marked: (heads, h, w) patches that hold most of it; the others are darkened, and their
+            border is drawn.
+        columns: Panels in a row.
+    """
+    heads = len(attention)
+    panels: list[tuple[str, NDArray[Any] | None, NDArray[np.bool_] | None]]
+    panels = [("picture", None, None), ("mean", attention.mean(0), None)]
+    panels += [
+        (f"head {head}", attention[head], None if marked is None else marked[head])
+        for head in range(heads)
+    ]
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    ratio = image.height / image.width
+    figure = Figure(figsize=(_INCHES * columns, (_INCHES * ratio + 0.25) * rows), dpi=110)
+    canvas = FigureCanvasAgg(figure)
+    figure.subplots_adjust(0.01, 0.01, 0.99, 0.94, wspace=0.03, hspace=0.12)
+    all_axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in all_axes:
+        axes.set_axis_off()
+    for axes, (title, heat, patches) in zip(all_axes, panels, strict=False):
+        axes.set_title(title, fontsize=8)
+        if heat is None:
+            axes.imshow(image)
+        elif patches is None:
+            axes.imshow(overlay_heat(image, heat))
+        else:
+            axes.imshow(_keep_marked(image, patches))
+            outline = np.pad(_enlarge(patches, image.size), 1).astype(float)
+            axes.contour(outline[1:-1, 1:-1], levels=[0.5], colors="orange", linewidths=1)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def overlay_heat(image: Image.Image, heat: NDArray[np.floating]) -> Image.Image:
+    """Lay a heat map (h, w) over its picture, brightest where it is largest."""
+    largest = float(heat.max())
+    strength = heat / largest if largest > 0 else heat
+    colors = (colormaps["inferno"](strength)[..., :3] * 255).astype(np.uint8)
+    layer = Image.fromarray(colors).resize(image.size, Image.Resampling.NEAREST)
+    return Image.blend(image, layer, _HEAT_OPACITY)
+
+
+def _keep_marked(image: Image.Image, patches: NDArray[np.bool_]) -> Image.Image:
+    pixels = np.asarray(image).astype(np.float32)
+    kept = np.where(_enlarge(patches, image.size)[..., None], pixels, pixels * _SHADE)
+    return Image.fromarray(kept.astype(np.uint8))
+
+
+def _enlarge(patches: NDArray[np.bool_], size: Sequence[int]) -> NDArray[np.bool_]:
+    layer = Image.fromarray(patches.astype(np.uint8))
+    return np.asarray(layer.resize((size[0], size[1]), Image.Resampling.NEAREST)) > 0
