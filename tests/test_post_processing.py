@@ -157,6 +157,29 @@ def test_detections_are_sorted_and_cut():
         assert detection["boxes"].shape == (len(detection["labels"]), 4)
 
 
+def test_a_box_can_have_several_classes():
+    outputs = random_outputs()
+    probabilities, boxes = outputs["entity_probabilities"], outputs["pred_boxes"]
+    # Two queries are alike; without ties there is one answer.
+    probabilities[:, 1] *= 0.99
+    for image, detection in enumerate(detect_objects(probabilities, boxes, 0.0, None, top_k=7)):
+        expected = sorted(
+            (
+                (score, label, query)
+                for query, row in enumerate(probabilities[image].tolist())
+                for label, score in enumerate(row)
+            ),
+            reverse=True,
+        )[:7]
+        scores, labels, queries = map(list, zip(*expected, strict=True))
+        assert detection["scores"].tolist() == scores
+        assert detection["labels"].tolist() == labels
+        corners = box_cxcywh_to_xyxy(boxes[image, queries]).clamp(0, 1)
+        torch.testing.assert_close(detection["boxes"], corners)
+    with pytest.raises(ValueError, match="`top_k` must be above 0, got 0"):
+        detect_objects(probabilities, boxes, 0.0, None, top_k=0)
+
+
 def test_the_overlap_of_duplicates_can_be_chosen():
     outputs = random_outputs(num_images=1)
     counts = [

@@ -76,8 +76,9 @@ def detect_objects(
     threshold: float,
     target_sizes: TargetSizes,
     legacy: LegacyRules = LegacyRules(),  # noqa: B008 - immutable
+    top_k: int | None = None,
 ) -> list[dict[str, Tensor]]:
-    """Give each query its best class, and return what exceeds the threshold, best first.
+    """Return detections whose score exceeds the threshold, best first.
 
     Args:
         probabilities: (B, N, C) of the real classes.
@@ -85,14 +86,28 @@ def detect_objects(
         threshold: Least score, in [0, 1].
         target_sizes: (B, 2) height and width; normalised boxes if None.
         legacy: Rules for boxes of the originals to follow.
+        top_k: The likeliest pairs of query and class of an image count, so that a box may have
+            several classes, as detectors with a sigmoid head are evaluated (Zhu et al. 2021); each
+            query has its best class if None, as in DETR.
 
     Returns:
         For each image "scores" (E,), "labels" (E,) and "boxes" (E, 4) as x1, y1, x2, y2.
+
+    Raises:
+        ValueError: If `threshold` is not in [0, 1] or `top_k` is not above 0.
     """
     _check_probability("threshold", threshold)
     entities = _read_entities(probabilities, pred_boxes, target_sizes, legacy)
-    scores, order = entities.scores.sort(dim=-1, descending=True, stable=True)
-    labels = entities.labels.gather(1, order)
+    if top_k is None:
+        scores, order = entities.scores.sort(dim=-1, descending=True, stable=True)
+        labels = entities.labels.gather(1, order)
+    else:
+        if top_k < 1:
+            raise ValueError(f"`top_k` must be above 0, got {top_k}.")
+        num_classes = probabilities.shape[-1]
+        pairs = probabilities.flatten(1)
+        scores, order = pairs.topk(min(top_k, pairs.shape[1]), dim=-1)
+        labels, order = order % num_classes, order // num_classes
     boxes = entities.boxes.gather(1, order[..., None].expand(-1, -1, 4))
     counts = (scores > threshold).sum(-1).tolist()
     return [

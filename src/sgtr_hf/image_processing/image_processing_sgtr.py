@@ -21,7 +21,7 @@ from transformers.utils.import_utils import is_torchvision_available
 from ..post_processing import DUPLICATE_IOU, LegacyRules, detect_objects, find_scene_graphs
 from ..scene_graph import SceneGraph
 from .annotation_labels import make_labels
-from .picture_reading import read_image
+from .picture_reading import check_pixels, read_image
 
 
 class SgtrImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -128,6 +128,8 @@ class _SgtrImageProcessing:
         return_tensors: Any,
         **_: Any,
     ) -> BatchFeature:
+        for wanted in (size if do_resize else None, pad_size):
+            _check_size(wanted)
         original_sizes = [tuple(image.shape[-2:]) for image in images]
         normalization = (do_rescale, rescale_factor, do_normalize, image_mean, image_std)
 
@@ -161,6 +163,7 @@ class _SgtrImageProcessing:
         outputs: Any,
         threshold: float = 0.5,
         target_sizes: Tensor | Sequence[tuple[int, int]] | None = None,
+        top_k: int | None = None,
     ) -> list[dict[str, Tensor]]:
         """Turn outputs into detections, best first.
 
@@ -168,12 +171,14 @@ class _SgtrImageProcessing:
             outputs: Of a detection or scene graph model.
             threshold: Least score, in [0, 1].
             target_sizes: (B, 2) height and width to scale boxes to; normalised boxes if None.
+            top_k: Likeliest pairs of query and class, so that a box may have several classes, as
+                detectors with a sigmoid head are evaluated; each query has its best class if None.
 
         Returns:
             For each image "scores" (E,), "labels" (E,) and "boxes" (E, 4) as x1, y1, x2, y2.
 
         Raises:
-            ValueError: If outputs are not finite or sizes do not fit.
+            ValueError: If outputs are not finite, sizes do not fit, or an argument is out of range.
         """
         return detect_objects(
             outputs["entity_probabilities"],
@@ -181,6 +186,7 @@ class _SgtrImageProcessing:
             threshold,
             target_sizes,
             self._legacy_rules,
+            top_k,
         )
 
     def post_process_scene_graph(  # noqa: PLR0913 - an argument for each choice
@@ -280,6 +286,13 @@ if is_torchvision_available():
                     group = group.flip(-3)
                 groups[shape] = self.rescale_and_normalize(group, *normalization)
             return list(reorder_images(groups, positions))
+
+
+def _check_size(size: SizeDict | None) -> None:
+    """Reject a size whose pictures would not fit in memory."""
+    if size is not None:
+        height = size.height or size.longest_edge or size.shortest_edge or 0
+        check_pixels(size.width or size.shortest_edge or height, height)
 
 
 def _rounded_size(size: SizeDict, shape: tuple[int, ...]) -> SizeDict:

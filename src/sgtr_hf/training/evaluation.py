@@ -32,6 +32,8 @@ RECALLS = {
     "baseline_unconstrained": "frequency baseline",
     "baseline_true_entities": "frequency baseline, true entities",
 }
+# Of an image, as COCO counts them.
+NUM_DETECTIONS = 100
 _UNCONSTRAINED_RECALLS = ("model", "baseline_unconstrained")
 
 
@@ -80,12 +82,17 @@ class Evaluator:
     def update(self, outputs: Any, references: list[SceneGraph]) -> None:
         """Add a batch: the model's outputs and the annotated graphs, in the same order."""
         sizes = torch.tensor([reference.image_size for reference in references])
-        detections = self.image_processor.post_process_object_detection(
-            outputs, threshold=0.0, target_sizes=sizes
+        detect = self.image_processor.post_process_object_detection
+        # Classes of a sigmoid head, which has no column for no-object, do not exclude each other.
+        is_sigmoid = outputs["logits"].shape[-1] == len(self.names["id2label"])
+        top_k = NUM_DETECTIONS if is_sigmoid else None
+        self.detection.update(
+            detect(outputs, threshold=0.0, target_sizes=sizes, top_k=top_k), references
         )
-        self.detection.update(detections, references)
         if self.baseline is None:
             return
+        # The nodes of a graph have one class each.
+        detections = detect(outputs, threshold=0.0, target_sizes=sizes)
         arguments = {"top_k": self.top_k, "target_sizes": sizes, **self.names}
         process = self.image_processor.post_process_scene_graph
         graphs = process(outputs, **arguments)
