@@ -12,6 +12,7 @@ import torch
 
 from sgtr_hf import SgtrForSceneGraphGeneration, SgtrImageProcessor
 from sgtr_hf.hub.model_card import write_model_card
+from sgtr_hf.hub.publication_card import REPORT_NAME
 
 
 MAX_BYTES = 16 * 2**20
@@ -44,9 +45,13 @@ def main() -> None:
     if size > MAX_BYTES:
         raise SystemExit(f"error: the weights have {size} bytes, more than {MAX_BYTES}.")
     runs = [*options.detector_runs, options.run]
+    report = json.loads(options.report.read_text())
+    # What `sgtr-hf push` makes `model-index` of; details by class and predicate would not be read.
+    summary = {name: value for name, value in report.items() if name != "details"}
+    (options.folder / REPORT_NAME).write_text(json.dumps(summary, indent=2) + "\n")
     write_model_card(
         options.folder / "README.md",
-        json.loads(options.report.read_text()),
+        report,
         [json.loads((run / "training.json").read_text()) for run in runs],
         model.config,
     )

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from importlib import resources
+from typing import Any
 
 from transformers import (
     AutoBackbone,
@@ -46,6 +47,29 @@ class AutoModelForSceneGraphGeneration(_BaseAutoModelClass):
     _model_mapping = _LazyAutoMapping(CONFIG_MAPPING_NAMES, OrderedDict())
 
 
+class LocalPipelines(dict[str, Any]):
+    """`custom_pipelines` of a published model, for users who have this package.
+
+    `pipeline` asks such a configuration first (transformers 5.23, `pipelines/__init__.py`): a task
+    that is in it needs `trust_remote_code=True`, even if it is registered. This dictionary names
+    its tasks, so that `pipeline(model=...)` finds the task, and is saved like any other, but
+    denies having them, so that the registered pipeline is taken. The published copy of the
+    configuration keeps a plain dictionary: it is not there that this file is.
+    """
+
+    def __contains__(self, task: object) -> bool:
+        """Deny every task."""
+        return False
+
+
+def _custom_pipelines(config: SgtrConfig) -> LocalPipelines:
+    return LocalPipelines(config.__dict__.get("custom_pipelines", {}))
+
+
+def _set_custom_pipelines(config: SgtrConfig, tasks: dict[str, Any]) -> None:
+    config.__dict__["custom_pipelines"] = tasks
+
+
 def register() -> None:
     """Register configurations, models, image processors and the pipeline; safe to repeat."""
     image_processors = {"pil": SgtrImageProcessorPil}
@@ -74,6 +98,8 @@ def register() -> None:
     AutoModelForSceneGraphGeneration.register(
         SgtrConfig, SgtrForSceneGraphGeneration, exist_ok=True
     )
+    # What transformers reads of a loaded configuration; `__dict__` is what it saves.
+    SgtrConfig.custom_pipelines = property(_custom_pipelines, _set_custom_pipelines)
     if TASK not in PIPELINE_REGISTRY.get_supported_tasks():
         PIPELINE_REGISTRY.register_pipeline(
             TASK,

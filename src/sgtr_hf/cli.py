@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image, UnidentifiedImageError
 
 from ._version import __version__
+from .annotation_commands import add_annotation_commands
 from .auto import DEFAULT_CHECKPOINT, TASK
 from .command_arguments import (
     check_output_names,
@@ -22,6 +24,7 @@ from .data_commands import add_data_commands
 from .dino_commands import add_dino_commands
 from .evaluation_commands import add_evaluation_commands
 from .graph_output import GraphOutput
+from .hub_commands import add_hub_commands
 from .scene_graph import SceneGraph
 
 
@@ -30,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
-    except (OSError, ValueError, TypeError, ImportError) as error:
+    except (OSError, ValueError, TypeError, ImportError, StrictDataclassError) as error:
         print(f"sgtr-hf {options.command}: {error}", file=sys.stderr)
         return 2
 
@@ -173,6 +176,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_data_commands(commands)
     add_evaluation_commands(commands)
+    add_annotation_commands(commands)
+    add_hub_commands(commands)
     add_dino_commands(commands)
     _add_query_slots(commands.add_parser("query-slots", help="draw what each query looks for"))
     _add_attention(commands.add_parser("attention", help="draw where queries look in a picture"))

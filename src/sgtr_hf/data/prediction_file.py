@@ -76,6 +76,7 @@ class PredictionWriter(AbstractContextManager["PredictionWriter"]):
         id2predicate: Names of all predicates, from 0.
         distributions: Write `predicate_distributions`, which every graph with relations then needs.
         masks: Write `masks`, which every graph with entities then needs.
+        constants: Columns of text that are the same in every record, as the model's name.
 
     Example:
         ```python
@@ -92,12 +93,16 @@ class PredictionWriter(AbstractContextManager["PredictionWriter"]):
         *,
         distributions: bool = False,
         masks: bool = False,
+        constants: Mapping[str, str] | None = None,
     ) -> None:
         names = [
             [mapping[number] for number in range(len(mapping))]
             for mapping in (id2label, id2predicate)
         ]
         self.features = prediction_features(*names, distributions=distributions, masks=masks)
+        self.constants = dict(constants or {})
+        for name in self.constants:
+            self.features[name] = datasets.Value("string")
         self.path, self.distributions, self.masks = path, distributions, masks
         self.count = 0
         self._num_names = [len(names) for names in vocabularies(self.features)]
@@ -157,6 +162,7 @@ class PredictionWriter(AbstractContextManager["PredictionWriter"]):
             "objects": self._objects(graphs),
             "relations": self._relations(graphs),
         }
+        columns |= {name: pa.array([text] * len(ids)) for name, text in self.constants.items()}
         table = pa.table([columns[name] for name in self._schema.names], list(self._schema.names))
         self._file.write_table(table.cast(self._schema))
         self.count += len(graphs)

@@ -1,0 +1,151 @@
+"""The command `sgtr-hf annotate`: scene graphs of a whole corpus, on any number of processes.
+
+Libraries that only it needs are imported when it runs, so that other commands start quickly.
+"""
+
+import argparse
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import hf_hub_download
+
+from .auto import DEFAULT_CHECKPOINT
+from .command_arguments import model_folder, positive, probability
+from .configuration.configuration_sgtr import SgtrConfig
+
+
+if TYPE_CHECKING:
+    from .data.annotation import AnnotationSettings
+    from .data.corpus import Corpus
+
+_HASHED = ("config.json", "preprocessor_config.json", "*.safetensors")
+
+
+def annotate(options: argparse.Namespace) -> int:
+    """Annotate this process's share of a corpus."""
+    try:
+        from accelerate import PartialState
+
+        from .data.corpus import open_corpus
+    except ImportError as error:
+        raise ImportError(
+            f'`annotate` needs {error.name}, which is missing: `pip install "sgtr-hf[train]"`.'
+        ) from error
+
+    corpus = open_corpus(
+        options.dataset,
+        options.split,
+        options.chunk_images,
+        image_column=options.image_column,
+        id_column=options.id_column,
+    )
+    state = PartialState()
+    try:
+        return _annotate(options, corpus, state)
+    finally:
+        state.destroy_process_group()
+
+
+def _annotate(options: argparse.Namespace, corpus: "Corpus", state: Any) -> int:
+    import torch
+    from tqdm import tqdm
+    from transformers import AutoImageProcessor, AutoModelForObjectDetection
+
+    from .data.annotation import Annotator
+
+    folder = model_folder(options.model)
+    is_local = Path(folder).is_dir()
+    # Of the Hub, one commit is loaded, even if another one arrives meanwhile.
+    revision = _content_hash(Path(folder)) if is_local else _commit(folder, options.revision)
+    source = {} if is_local else {"revision": revision}
+    model = AutoModelForObjectDetection.from_pretrained(
+        folder, dtype=getattr(torch, options.dtype), **source
+    )
+    if model.config.model_type != SgtrConfig.model_type:
+        raise ValueError(f"`--model` {options.model} is no scene graph model.")
+    image_processor = AutoImageProcessor.from_pretrained(folder, **source)
+    settings = _settings(options, revision)
+    annotator = Annotator(
+        model.to(state.device).eval(), image_processor, settings, options.output, options.workers
+    )
+    share = corpus.shards[state.process_index :: state.num_processes]
+    counts = [shard.num_images for shard in share]
+    total = None if None in counts else sum(count or 0 for count in counts)
+    with tqdm(total=total, unit="image", disable=not state.is_main_process) as bar:
+        report = annotator.run(corpus, state.process_index, state.num_processes, bar)
+    print(
+        f"{options.output}: process {state.process_index} of {state.num_processes} annotated "
+        f"{report.annotated} images; {report.present} files were there; {report.broken} images "
+        "could not be read" + (" (*.broken.jsonl)." if report.broken else ".")
+    )
+    return 0
+
+
+def _settings(options: argparse.Namespace, revision: str) -> "AnnotationSettings":
+    from .data.annotation import AnnotationSettings
+
+    # The path of a folder says nothing outside this machine.
+    folder = Path(options.model)
+    name = folder.resolve().name if folder.is_dir() else options.model
+    return AnnotationSettings(
+        model=name,
+        revision=revision,
+        batch_size=options.batch_size,
+        chunk_images=options.chunk_images,
+        threshold=options.threshold,
+        top_k=options.top_k,
+        graph_constraint=options.graph_constraint,
+        distributions=options.distributions,
+    )
+
+
+def _commit(repo_id: str, revision: str) -> str:
+    """Look up which commit a revision of a model is; the cache names folders after it."""
+    return Path(hf_hub_download(repo_id, "config.json", revision=revision)).parent.name
+
+
+def _content_hash(folder: Path) -> str:
+    """Hash what a local model consists of."""
+    total = hashlib.sha256()
+    for pattern in _HASHED:
+        for path in sorted(folder.glob(pattern)):
+            with path.open("rb") as file:
+                while block := file.read(2**20):
+                    total.update(block)
+    return f"sha256:{total.hexdigest()}"
+
+
+def add_annotation_commands(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+) -> None:
+    """Add the parser of the command."""
+    parser = commands.add_parser("annotate", help="find the scene graphs of a whole corpus")
+    parser.set_defaults(run=annotate)
+    parser.add_argument(
+        "dataset", metavar="DATASET", help="folder of images, Parquet file or folder, or Hub id"
+    )
+    parser.add_argument(
+        "output", type=Path, metavar="OUTPUT", help="folder of Parquet files; continued if begun"
+    )
+    parser.add_argument("--model", default=DEFAULT_CHECKPOINT, help="folder or Hub id")
+    parser.add_argument("--revision", default="main", help="of a model on the Hub")
+    parser.add_argument("--split", default="train", help="of a data set")
+    parser.add_argument("--image-column", metavar="NAME", help="the one of images by default")
+    parser.add_argument("--id-column", metavar="NAME", help="found by default")
+    parser.add_argument("--batch-size", type=positive, default=8)
+    parser.add_argument(
+        "--chunk-images", type=positive, default=1000, help="pictures of a file that is written"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=2, help="processes that read pictures, for each of ours"
+    )
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--top-k", type=positive, default=100, help="most relations a picture")
+    parser.add_argument("--threshold", type=probability, default=0.1, help="least relation score")
+    parser.add_argument(
+        "--graph-constraint", action="store_true", help="one predicate for each pair of entities"
+    )
+    parser.add_argument(
+        "--distributions", action="store_true", help="also write the score of every predicate"
+    )
