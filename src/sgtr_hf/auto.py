@@ -53,8 +53,8 @@ class LocalPipelines(dict[str, Any]):
     `pipeline` asks such a configuration first (transformers 5.23, `pipelines/__init__.py`): a task
     that is in it needs `trust_remote_code=True`, even if it is registered. This dictionary names
     its tasks, so that `pipeline(model=...)` finds the task, and is saved like any other, but
-    denies having them, so that the registered pipeline is taken. The published copy of the
-    configuration keeps a plain dictionary: it is not there that this file is.
+    denies having them, so that the registered pipeline is taken. Published code comes without
+    this file, so without the package the dictionary is a plain one.
     """
 
     def __contains__(self, task: object) -> bool:

@@ -6,6 +6,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
+from .size_limits import check_num_labels, check_sizes
+
 
 @strict
 class DinoVitConfig(BackboneConfigMixin, PreTrainedConfig):
@@ -65,6 +67,9 @@ class DinoVitConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Name the stages of the backbone."""
+        check_num_labels(kwargs)
+        # Before so many stages are named.
+        check_sizes(self, ("num_hidden_layers",), 1)
         self.stage_names = ["stem", *(f"stage{i + 1}" for i in range(self.num_hidden_layers))]
         self.set_output_features_output_indices(
             out_indices=kwargs.pop("out_indices", None),
@@ -74,7 +79,7 @@ class DinoVitConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def validate_sizes(self) -> None:
         """Reject sizes that no vision transformer can have."""
-        for name in (
+        at_least_one = (
             "image_size",
             "patch_size",
             "num_channels",
@@ -82,9 +87,9 @@ class DinoVitConfig(BackboneConfigMixin, PreTrainedConfig):
             "num_hidden_layers",
             "num_attention_heads",
             "feed_forward_dim",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        )
+        check_sizes(self, at_least_one, 1)
+        check_sizes(self, ("num_registers",), 0)
         if self.image_size < self.patch_size:
             raise ValueError(
                 f"`image_size` must be at least `patch_size` ({self.patch_size}), got "

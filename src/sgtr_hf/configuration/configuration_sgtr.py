@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .configuration_sgtr_detr import SgtrDetrConfig
+from .size_limits import check_num_labels, check_sizes
 
 
 @strict
@@ -190,6 +191,7 @@ class SgtrConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Give predicates integer keys, and share the entity names with the detector."""
+        check_num_labels(kwargs)
         if self.id2predicate is None:
             self.id2predicate = {0: "PREDICATE_0", 1: "PREDICATE_1"}
         self.id2predicate = {int(key): name for key, name in self.id2predicate.items()}
@@ -228,7 +230,7 @@ class SgtrConfig(PreTrainedConfig):
 
     def validate_sizes(self) -> None:
         """Reject sizes that no transformer can have."""
-        for name in (
+        at_least_one = (
             "predicate_decoder_layers",
             "num_predicate_queries",
             "num_attention_heads",
@@ -236,16 +238,14 @@ class SgtrConfig(PreTrainedConfig):
             "training_assembling_top_k",
             "pair_width",
             "auxiliary_assignments",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        for name in (
+        )
+        check_sizes(self, at_least_one, 1)
+        at_least_none = (
             "predicate_encoder_layers",
             "feed_forward_dim",
             "num_triplet_denoising_groups",
-        ):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
+        )
+        check_sizes(self, at_least_none, 0)
 
     def validate_weights(self) -> None:
         """Reject negative weights and probabilities outside [0, 1]."""

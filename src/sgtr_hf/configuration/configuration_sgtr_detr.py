@@ -6,6 +6,9 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .configuration_dino_vit import DinoVitConfig
+from .size_limits import check_num_labels, check_sizes
+
 
 @strict
 class SgtrDetrConfig(PreTrainedConfig):
@@ -111,15 +114,18 @@ class SgtrDetrConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Complete the label names in both directions."""
+        check_num_labels(kwargs)
+        backbone = self.backbone_config
+        if isinstance(backbone, dict) and backbone.get("model_type") == DinoVitConfig.model_type:
+            # Ours is not registered where the model was loaded as remote code.
+            self.backbone_config = DinoVitConfig.from_dict(backbone)
         super().__post_init__(**kwargs)
         self.label2id = {name: index for index, name in self.id2label.items()}
 
     def validate_sizes(self) -> None:
         """Reject sizes that no transformer can have."""
-        for name in ("d_model", "decoder_layers", "num_attention_heads", "num_queries"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("encoder_layers", "feed_forward_dim", "num_denoising_groups"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        check_sizes(self, ("d_model", "decoder_layers", "num_attention_heads", "num_queries"), 1)
+        check_sizes(self, ("encoder_layers", "feed_forward_dim", "num_denoising_groups"), 0)
         _require(
             self.d_model % 4 == 0 and self.d_model % self.num_attention_heads == 0,
             "d_model",

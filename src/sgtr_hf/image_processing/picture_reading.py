@@ -1,5 +1,6 @@
 """Pictures in any form become RGB images of 8 bits."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from transformers.image_utils import load_image
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 _WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 _CHANNELS = (1, 3, 4)
+_TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+_REMEDY = "Set `PIL.Image.MAX_IMAGE_PIXELS` to allow more."
 
 
 def read_image(source: Any, timeout: float | None = None) -> Image.Image:
@@ -23,12 +26,18 @@ def read_image(source: Any, timeout: float | None = None) -> Image.Image:
         timeout: Seconds to wait for a URL.
 
     Raises:
-        ValueError: If it cannot be read.
+        ValueError: If it cannot be read, or has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
         TypeError: If it is not a picture.
     """
     if isinstance(source, (str, bytes)) or hasattr(source, "__fspath__"):
         try:
-            source = load_image(str(source), timeout=timeout)
+            with _open(str(source), timeout) as image:
+                return _upright_rgb(image)
+        except _TOO_LARGE as error:
+            raise ValueError(
+                f"{source} is refused: it has more pixels than the limit of "
+                f"{Image.MAX_IMAGE_PIXELS} pixels. {_REMEDY}"
+            ) from error
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
             raise ValueError(f"{source} cannot be read as a picture: {error}") from error
     if isinstance(source, (np.ndarray, Tensor)):
@@ -39,9 +48,40 @@ def read_image(source: Any, timeout: float | None = None) -> Image.Image:
             f"{type(source).__name__}."
         )
     try:
-        return _to_rgb(ImageOps.exif_transpose(source))
+        return _upright_rgb(source)
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"The picture is broken and cannot be decoded: {error}") from error
+
+
+def check_pixels(width: int, height: int) -> None:
+    """Reject a size that would take too much memory, before it is taken.
+
+    Pillow itself warns above its limit, and refuses twice as many pixels.
+
+    Raises:
+        ValueError: If there are more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
+    """
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and width * height > limit:
+        raise ValueError(
+            f"A picture of {width} x {height} pixels is refused: the limit is {limit} pixels. "
+            f"{_REMEDY}"
+        )
+
+
+def _open(source: str, timeout: float | None) -> Image.Image:
+    """Open a file without decoding it, or load what is at a URL or in base64."""
+    try:
+        is_file = Path(source).is_file()
+    except OSError:
+        # Longer than a name can be.
+        is_file = False
+    return Image.open(source) if is_file else load_image(source, timeout=timeout)
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    check_pixels(*image.size)
+    return _to_rgb(ImageOps.exif_transpose(image))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -8,15 +8,19 @@ from transformers import PreTrainedModel
 
 
 class FreezablePreTrainedModel(PreTrainedModel):
-    """A base that keeps frozen what the configuration freezes.
+    """A base that keeps frozen what the configuration freezes, and reads safetensors alone.
 
     `from_pretrained` of transformers puts new parameters in place of those that the constructor
     froze, and these train (`core_model_loading.py` of 5.23); so the freezing is done again.
+
+    Without safetensors in a folder it would read pickles, which nothing here writes: only
+    `use_safetensors=False` allows them.
     """
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """Load a model; as in transformers, which documents the arguments."""
+        kwargs.setdefault("use_safetensors", True)
         loaded = super().from_pretrained(*args, **kwargs)
         # With `output_loading_info` there is a second result.
         model = loaded[0] if isinstance(loaded, tuple) else loaded

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import (
@@ -17,6 +16,7 @@ from transformers.modeling_outputs import (
 
 from ..configuration.configuration_dino_vit import DinoVitConfig
 from .attention_recording import record_attention
+from .backbone_freezing import FreezablePreTrainedModel
 from .transformer_layers import EncoderLayer
 
 
@@ -78,7 +78,7 @@ class PatchEmbedding(nn.Module):
         return torch.cat((self.position[:, :1], resized.flatten(2).transpose(1, 2)), dim=1)
 
 
-class DinoVitPreTrainedModel(PreTrainedModel):
+class DinoVitPreTrainedModel(FreezablePreTrainedModel):
     """What the classes share with transformers: names, backends, initial weights."""
 
     config: DinoVitConfig
@@ -92,6 +92,8 @@ class DinoVitPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    # The student and the heads of a `DinoVitForPreTraining`, whose teacher every class can load.
+    _keys_to_ignore_on_load_unexpected = [r"^student\.", r"^head\.", r"^center$"]  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

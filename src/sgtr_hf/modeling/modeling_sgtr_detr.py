@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoBackbone
+from transformers import AutoBackbone, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 
+from ..configuration.configuration_dino_vit import DinoVitConfig
 from ..configuration.configuration_sgtr_detr import SgtrDetrConfig
 from ..losses.detection_loss import denoising_losses, detection_losses
 from ..losses.hungarian_matching import (
@@ -27,6 +28,7 @@ from .detection_outputs import (
 )
 from .entity_decoder import AnchorQueryDecoder, ImageMemory, LearnedQueryDecoder
 from .given_entities import GivenEntities, given_logits
+from .modeling_dino_vit import DinoVitBackbone
 from .position_embedding import grid_boxes, grid_sine_embedding
 from .prediction_heads import AnchorEmbedding, ClassHead, init_head
 from .query_selection import QuerySelection, SelectedQueries
@@ -76,7 +78,7 @@ class SgtrDetrModel(SgtrDetrPreTrainedModel):
 
     def __init__(self, config: SgtrDetrConfig) -> None:
         super().__init__(config)
-        self.backbone = AutoBackbone.from_config(config.backbone_config)
+        self.backbone = _make_backbone(config)
         channels = self.backbone.channels
         self.input_projections = nn.ModuleList(
             _input_projection(width, config) for width in channels
@@ -282,6 +284,13 @@ class SgtrDetrModel(SgtrDetrPreTrainedModel):
             attention_mask=is_query,
             and_mask_function=visibility,
         )
+
+
+def _make_backbone(config: SgtrDetrConfig) -> PreTrainedModel:
+    """Make the backbone; ours by its class, since `AutoBackbone` knows it only as registered."""
+    if isinstance(config.backbone_config, DinoVitConfig):
+        return DinoVitBackbone._from_config(config.backbone_config)
+    return AutoBackbone.from_config(config.backbone_config)
 
 
 class SgtrDetrForObjectDetection(SgtrDetrPreTrainedModel):
