@@ -27,7 +27,7 @@ import sgtr_hf
 from sgtr_hf.auto import DEFAULT_CHECKPOINT
 from sgtr_hf.data.dataset_loading import load_image_stream
 from sgtr_hf.data.resampling import ResamplingSettings
-from sgtr_hf.data.training_augmentation import Augmentation, find_swaps
+from sgtr_hf.data.training_augmentation import Augmentation
 from sgtr_hf.data.training_dataset import Collator, SceneGraphDataset, prepare_worker
 
 
@@ -245,8 +245,7 @@ def main() -> None:
 
     print(f"\n{'two workers, with collate':32s}{'images/s':>10s}")
     collator = Collator(processor, with_references=False)
-    swaps = find_swaps(SceneGraphDataset(split).id2predicate)
-    usual = Augmentation(flip_probability=0.5, flip_swaps=swaps, brightness=COLOR, least_crop=CROP)
+    usual = Augmentation(flip_probability=0.5, brightness=COLOR, least_crop=CROP)
     plain, varied = SceneGraphDataset(split), SceneGraphDataset(split, usual)
     resampled = SceneGraphDataset(split, usual, 0, ResamplingSettings(0.1, 1.0))
     measure_loader("decoding", Subset(plain, indices), collator, len(indices))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import zipfile
 
 import h5py
 import pytest
@@ -203,6 +204,40 @@ def test_pictures_are_decoded_on_request(tmp_path):
     exif[0x0112] = 6
     Image.new("RGB", (160, 80)).save(picture, exif=exif)
     assert len(list(source.checked(pictures=True))) == 2
+
+
+def test_what_ends_a_reading_says_how_far_it_came(tmp_path):
+    """A file that is wrong as a whole cannot be read on, whoever asked to drop."""
+    folder = files.write_vg150(tmp_path / "vg")
+    listed = json.loads((folder / "image_data.json").read_text())
+    del listed[-1]["image_id"]
+    (folder / "image_data.json").write_text(json.dumps(listed))
+    with pytest.raises(ValueError, match=r"VG-SGG.*the next entry lacks `image_id`\. 2 good"):
+        list(read_vg150(folder, "train", num_validation=1).checked("drop"))
+    path = files.write_open_images_csv(tmp_path / "csv")
+    path.write_bytes(path.read_bytes() + b"c,/m/\xff\n")
+    arguments = (path.parent / "oidv6-class-descriptions.csv", path.parent / "images")
+    source = read_open_images_csv(path, *arguments, predicate_names=files.PREDICATES)
+    with pytest.raises(ValueError, match=r"the next entry cannot be read.*utf-8.* 0 good records"):
+        list(source.checked())
+    folder = files.write_coco_rel(tmp_path / "coco")
+    change(folder / "train.json", put("images", 1, "id", None))
+    with pytest.raises(ValueError, match=r"entry 1 of `images` lacks `id`\. 1 good records"):
+        list(read_coco_rel(folder, "train"))
+
+
+def test_damaged_archives_name_the_picture(tmp_path):
+    folder = files.write_vg150(tmp_path)
+    with zipfile.ZipFile(folder / "images.zip", "w") as archive:
+        archive.writestr("VG_100K/1597.jpg", b"a picture")
+    content = (folder / "images.zip").read_bytes()
+    (folder / "images.zip").write_bytes(content.replace(b"a picture", b"A PICTURE"))
+    words = r"image 1597\) cannot be read: VG_100K/1597\.jpg of .*images\.zip is damaged.*0 good"
+    with pytest.raises(ValueError, match=words):
+        list(read_vg150(folder, "test").checked())
+    report = DropReport()
+    assert list(read_vg150(folder, "test").checked("drop", report)) == []
+    assert report.counts == {"broken records": 1}
 
 
 @pytest.mark.parametrize(

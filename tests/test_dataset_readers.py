@@ -18,9 +18,11 @@ from sgtr_hf.data.gqa_reader import read_gqa, read_gqa200
 from sgtr_hf.data.open_images_reader import read_open_images
 from sgtr_hf.data.parquet_reader import read_coco_parquet
 from sgtr_hf.data.psg_reader import read_psg
+from sgtr_hf.data.record_graphs import RecordGraphs
 from sgtr_hf.data.record_source import DropReport
 from sgtr_hf.data.vg150_reader import read_vg150
 from sgtr_hf.data.visual_genome_reader import read_visual_genome
+from sgtr_hf.metrics.recall import SceneGraphRecall
 
 
 def assert_known(record, row, *, boxes=True):
@@ -146,6 +148,54 @@ def test_open_images_csv(tmp_path):
     path.write_text("\n".join([*lines, lines[1]]) + "\n")
     with pytest.raises(ValueError, match="image a are not together"):
         list(source)
+
+
+def test_splits_of_one_data_set_share_their_vocabulary(tmp_path):
+    """Names found in a single split would get other numbers in each."""
+    train = files.write_open_images_csv(tmp_path)
+    lines = train.read_text().splitlines()
+    # The validation split knows the first predicate alone.
+    validation = tmp_path / "oidv6-validation-annotations-vrd.csv"
+    validation.write_text("\n".join([lines[0], lines[2]]) + "\n")
+    assert detect_format(tmp_path).name == "open-images-csv"
+    options = ReadOptions([tmp_path / "images"])
+    for split, count in (("train", 2), ("val", 1)):
+        source = open_dataset(tmp_path, split, options)
+        assert source.predicate_names == files.PREDICATES
+        assert len(list(source.checked())) == count
+    with pytest.raises(ValueError, match=r"has no file \*test-annotations-vrd\.csv"):
+        open_dataset(tmp_path, "test", options)
+    graph = files.gqa_graph()
+    files.write_json(tmp_path / "gqa" / "train_sceneGraphs.json", graph)
+    hand = graph["n161313"]["objects"]["1002"] | {"relations": []}
+    few = {"2": graph["n161313"] | {"objects": {"1002": hand}}}
+    path = files.write_json(tmp_path / "gqa" / "val_sceneGraphs.json", few)
+    source = read_gqa(path, tmp_path)
+    assert (source.entity_names, source.predicate_names) == (files.NAMES, files.PREDICATES)
+    assert [entity["label"] for entity in next(iter(source))["objects"]] == [1]
+
+
+def test_relations_of_a_crowd_are_relations(tmp_path):
+    """A crowd counts in the positions that relations name, and is an entity like others."""
+    files.write_coco_rel(tmp_path / "rel")
+    files.write_coco_rel_annotations(tmp_path / "ids", 1)
+    files.write_psg(tmp_path / "psg")
+    for path in tmp_path.rglob("*.json"):
+        path.write_text(path.read_text().replace('"iscrowd": 0', '"iscrowd": 1'))
+    for source in (
+        read_coco_rel(tmp_path / "rel", "train"),
+        open_dataset(tmp_path / "ids"),
+        read_psg(tmp_path / "psg" / "psg.json"),
+    ):
+        assert_source(source)
+        graphs = [RecordGraphs(source).graph(record) for record in source]
+        metric = SceneGraphRecall()
+        metric.update(graphs, graphs)
+        assert (metric.compute()["R@20"], metric.compute()["num_relations"]) == (1, 3)
+    report = DropReport()
+    records = list(read_coco(tmp_path / "rel" / "train.json").checked(report=report))
+    assert [record["objects"] for record in records] == [[], []]
+    assert report.left_out == {"crowds": 5}
 
 
 def test_psg_boxes_masks_and_splits(tmp_path):

@@ -6,13 +6,16 @@ import tracemalloc
 import datasets
 import h5py
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import dataset_files as files
 from sgtr_hf.data.coco_reader import read_coco, read_coco_rel, read_coco_rel_annotations
+from sgtr_hf.data.dataset_formats import FORMATS
 from sgtr_hf.data.gqa_reader import read_gqa, read_gqa200
 from sgtr_hf.data.open_images_reader import read_open_images, read_open_images_csv
-from sgtr_hf.data.parquet_reader import read_parquet
+from sgtr_hf.data.parquet_reader import read_coco_parquet, read_parquet
 from sgtr_hf.data.psg_reader import read_psg
 from sgtr_hf.data.schema import scene_graph_features
 from sgtr_hf.data.vg150_reader import read_vg150
@@ -99,6 +102,15 @@ def long_visual_genome(folder):
     return read_visual_genome(folder, files.NAMES, files.PREDICATES)
 
 
+def long_pair(folder):
+    """Visual Genome's objects and relationships in files of their own."""
+    files.write_visual_genome(folder, whole=False)
+    for name in ("image_data.json", "objects.json", "relationships.json"):
+        first = json.loads((folder / name).read_text())[0]
+        (folder / name).write_text(f"[{repeat(first)}{BROKEN}")
+    return read_visual_genome(folder, files.NAMES, files.PREDICATES)
+
+
 def long_gqa(folder):
     graph = json.dumps(next(iter(files.gqa_graph().values())))
     path = folder / "train_sceneGraphs.json"
@@ -141,21 +153,61 @@ def long_vg150(folder):
     return read_vg150(folder, "test")
 
 
-def long_parquet(folder):
-    """Shards of which the second is broken, but for its end, which tells its length."""
-    record = {
+def record():
+    entities = zip(files.BOXES[0], files.LABELS[0], strict=True)
+    return {
         "image": {"path": None, "bytes": b"picture"}, "image_id": "a", "width": 200, "height": 100,
         "objects": [{"id": i, "bbox": box, "label": label}
-                    for i, (box, label) in enumerate(zip(files.BOXES[0], files.LABELS[0],
-                                                         strict=True))],
+                    for i, (box, label) in enumerate(entities)],
         "relations": [{"subject": s, "object": o, "predicate": p}
                       for s, o, p in files.RELATIONS[0]],
     }  # fmt: skip
+
+
+def write_groups(path, row, features=None):
+    """Write a row as often as a long file has it, a thousand times a group."""
+    table = datasets.Dataset.from_list([row], features=features).with_format("arrow")[:]
+    group = pa.concat_tables([table] * 1000).combine_chunks()
+    with pq.ParquetWriter(path, table.schema) as writer:
+        for _ in range(COUNT // 1000):
+            writer.write_table(group)
+
+
+def break_after_two_groups(path):
+    """Overwrite the other groups; the end of the file, which says where they are, stays.
+
+    One group is read ahead.
+    """
+    third = pq.read_metadata(path).row_group(2).column(0)
+    start = min(third.dictionary_page_offset or third.data_page_offset, third.data_page_offset)
+    content = path.read_bytes()
+    # Before the last four bytes, which are a name, there is the length of what tells the places.
+    end = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    path.write_bytes(content[:start] + b"\xff" * (end - start) + content[end:])
+
+
+def long_parquet(folder):
+    path = folder / "train-00000-of-00001.parquet"
+    write_groups(path, record(), scene_graph_features(files.NAMES, files.PREDICATES))
+    break_after_two_groups(path)
+    return read_parquet(folder, "train")
+
+
+def long_coco_parquet(folder):
+    rows, names = files.coco_rows(files.write_coco_rel_annotations(folder / "coco", 1))
+    files.write_json(folder / "hub" / "categories.json", names)
+    path = folder / "hub" / "train-00000-of-00001.parquet"
+    write_groups(path, rows[0] | {"image": {"path": "a.jpg", "bytes": b"picture"}})
+    break_after_two_groups(path)
+    return read_coco_parquet(folder / "hub", "train")
+
+
+def parquet_shards(folder):
+    """Shards of which the second is broken, but for its end, which tells its length."""
     features = scene_graph_features(files.NAMES, files.PREDICATES)
-    dataset = datasets.Dataset.from_list([record] * 1000, features=features)
+    dataset = datasets.Dataset.from_list([record()] * 1000, features=features)
     dataset.to_parquet(folder / "train-00000-of-00002.parquet")
     content = (folder / "train-00000-of-00002.parquet").read_bytes()
-    # At both ends there are four bytes of a name, before the last of them the footer's length.
     footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
     broken = content[:4] + b"\xff" * (footer - 4) + content[footer:]
     (folder / "train-00001-of-00002.parquet").write_bytes(broken)
@@ -165,18 +217,26 @@ def long_parquet(folder):
 READERS = {
     "open-images": long_open_images, "psg": long_psg, "coco": long_coco,
     "coco-rel": long_coco_rel, "coco-rel-annotations": long_coco_rel_annotations,
-    "visual-genome": long_visual_genome, "gqa": long_gqa, "gqa200": long_gqa200,
-    "open-images-csv": long_csv, "vg150": long_vg150,
+    "visual-genome": long_visual_genome, "visual-genome-pair": long_pair, "gqa": long_gqa,
+    "gqa200": long_gqa200, "open-images-csv": long_csv, "vg150": long_vg150,
+    "parquet": long_parquet, "coco-parquet": long_coco_parquet,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", READERS)
 def test_the_first_record_comes_without_the_rest(name, tmp_path):
-    first = next(iter(READERS[name](tmp_path)))
+    source = READERS[name](tmp_path)
+    first = next(iter(source))
     triplets = {(r["subject"], r["object"], r["predicate"]) for r in first["relations"]}
     # Plain COCO has no relations.
     assert len(triplets) == (0 if name == "coco" else len(files.RELATIONS[0]))
     assert len(first["objects"]) == len(files.BOXES[0])
+    if "parquet" in name:
+        assert source.count == COUNT
+
+
+def test_every_reader_is_among_them():
+    assert set(FORMATS) <= set(READERS)
 
 
 @pytest.mark.parametrize("name", ["coco", "open-images", "vg150"])
@@ -193,16 +253,18 @@ def test_lists_that_are_passed_over_need_no_memory(name, tmp_path):
 
 def test_a_file_that_breaks_off_says_where(tmp_path, monkeypatch):
     monkeypatch.setattr("test_dataset_streaming.COUNT", 50)
-    with pytest.raises(ValueError, match=r"vrd-train-anno\.json is not JSON.*; 50 entries were"):
+    with pytest.raises(
+        ValueError, match=r"vrd-train-anno\.json is not JSON.*after 50 entries.* 50 good"
+    ):
         list(long_open_images(tmp_path))
 
 
 def test_the_first_record_of_shards_comes_without_the_others(tmp_path):
-    source = long_parquet(tmp_path)
+    source = parquet_shards(tmp_path)
     assert source.count == 2000
     first = next(iter(source))
     assert len(first["objects"]) == 3
-    with pytest.raises(ValueError, match=r"a shard cannot be read.*1000 rows were read before"):
+    with pytest.raises(ValueError, match=r"a shard cannot be read.* 1000 good records were read"):
         list(source)
     (tmp_path / "train-00001-of-00002.parquet").write_bytes(b"broken")
     with pytest.raises(

@@ -224,6 +224,14 @@ def test_convert_says_what_it_recognised(tmp_path, capsys):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("command", ["convert", "validate", "stats"])
+def test_commands_show_how_far_they_are(command, tmp_path, capsys):
+    folder = files.write_open_images(tmp_path / "source")
+    target = [str(tmp_path / "target")] if command == "convert" else []
+    assert sgtr_hf.cli.main([command, str(folder), *target]) == 0
+    assert "2image [" in capsys.readouterr().err
+
+
 def test_convert_takes_several_splits_and_renames_validation(tmp_path, capsys):
     folder = files.write_coco_rel(tmp_path / "reltr")
     code, out, _ = run(capsys, "convert", folder, tmp_path / "parquet", "--split", "train,val")

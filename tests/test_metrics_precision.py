@@ -62,6 +62,48 @@ def test_precision_and_recall_equal_plain_loops(threshold):
         assert by_threshold[score] == pytest.approx((one, two))
 
 
+def slow_area(points):
+    """Each step of recall counts with the best precision from there on."""
+    area, before = 0.0, 0.0
+    for number, (_, recall) in enumerate(points):
+        area += (recall - before) * max(precision for precision, _ in points[number:])
+        before = recall
+    return area
+
+
+def slow_calibration_error(scores, is_right, num_bins):
+    error = 0.0
+    for number in range(num_bins):
+        # The last bin includes 1.
+        chosen = [
+            (score, right)
+            for score, right in zip(scores, is_right, strict=True)
+            if number <= score * num_bins < number + 1 or (score == 1 and number == num_bins - 1)
+        ]
+        if chosen:
+            mean, share = (sum(values) / len(chosen) for values in zip(*chosen, strict=True))
+            error += len(chosen) / len(scores) * abs(mean - share)
+    return error
+
+
+def test_average_precision_and_calibration_equal_plain_loops():
+    for seed in range(20):
+        generator = np.random.default_rng(seed)
+        count = int(generator.integers(1, 60))
+        # Sixteenths, so that there are ties; some scores are 1.
+        scores = generator.integers(0, 17, count) / 16
+        hits = generator.integers(0, 3, count) * (generator.random(count) < scores)
+        num_annotated = int(hits.sum()) + int(generator.integers(1, 10))
+        report = report_precision(scores, hits, num_annotated)
+        points = []
+        for threshold in sorted(set(scores.tolist()), reverse=True):
+            chosen = hits[scores >= threshold]
+            points.append(((chosen > 0).sum() / len(chosen), chosen.sum() / num_annotated))
+        assert report["AP"] == pytest.approx(slow_area(points), abs=1e-12)
+        error = slow_calibration_error(scores.tolist(), (hits > 0).tolist(), 15)
+        assert report["calibration"]["ECE"] == pytest.approx(error, abs=1e-12)
+
+
 def test_hand_made_curve():
     # Right, wrong, right for two annotations at once, wrong; five are annotated.
     report = report_precision(np.array([0.9, 0.7, 0.6, 0.2]), np.array([1, 0, 2, 0]), 5, 0.6)

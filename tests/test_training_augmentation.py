@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
+import sgtr_hf
 from sgtr_hf.data.training_augmentation import (
     Annotation,
     Augmentation,
@@ -14,7 +15,7 @@ from sgtr_hf.data.training_augmentation import (
     resize,
 )
 from sgtr_hf.data.training_dataset import check_annotations
-from tiny_training_run import ENTITIES, PREDICATES, squares_record
+from tiny_training_run import ENTITIES, PREDICATES, squares_record, write_squares
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def test_random_crops_always_show_something(picture, annotation):
 
 def test_images_without_annotation_can_be_augmented(picture):
     empty = Annotation(np.zeros((0, 4)), np.zeros(0, np.int64), np.zeros((0, 3), np.int64))
-    every = Augmentation(flip_probability=1.0, brightness=0.5, least_crop=0.5)
+    every = Augmentation(1.0, {}, brightness=0.5, least_crop=0.5)
     image, changed = augment(picture, empty, every, np.random.default_rng(0))
     assert image.size == picture.size
     assert changed.boxes.shape == (0, 4)
@@ -201,3 +202,34 @@ def test_left_and_right_are_found_by_name(caplog):
     caplog.clear()
     assert find_swaps({0: "on", 1: "wearing"}) == {}
     assert not caplog.records
+
+
+def test_a_mirror_needs_to_know_what_changes_places(picture, annotation):
+    unknown = Augmentation(flip_probability=1.0)
+    with pytest.raises(ValueError, match=r"`flip_swaps` must be known.*for_predicates"):
+        augment(picture, annotation, unknown, np.random.default_rng(0))
+    known = unknown.for_predicates({0: "right of", 1: "on", 2: "left of"})
+    assert known.flip_swaps == {0: 2, 2: 0}
+    _, changed = augment(picture, annotation, known, np.random.default_rng(0))
+    assert changed.relations[:, 2].tolist() == [2, 1, 0, 2]
+    # What the caller says stays, and who does not mirror asks for nothing.
+    told = Augmentation(1.0, {0: 1, 1: 0})
+    assert told.for_predicates({0: "right of", 1: "left of"}) is told
+    still = Augmentation(brightness=0.5)
+    assert still.for_predicates({0: "right of", 1: "left of"}) is still
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["rows", "streamed"])
+def test_loading_in_a_line_swaps_and_says_so(tmp_path, streaming, caplog):
+    """Nobody who only asks for a mirror gets wrong directions."""
+    data = write_squares(tmp_path)
+    with caplog.at_level(logging.INFO):
+        images = sgtr_hf.data.load(
+            data, streaming=streaming, augmentation=Augmentation(flip_probability=1.0)
+        )
+    assert "swaps the predicates left of / right of" in caplog.text
+    plain = sgtr_hf.data.load(data, streaming=streaming)
+    for image, other in zip(images, plain, strict=True):
+        swapped = [{0: 1, 1: 0}.get(row[2], row[2]) for row in other.known.relations.tolist()]
+        assert image.known.relations[:, 2].tolist() == swapped
+        assert np.array_equal(np.asarray(image.image), np.asarray(other.image)[:, ::-1])

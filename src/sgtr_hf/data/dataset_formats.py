@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 from .coco_reader import read_coco, read_coco_rel, read_coco_rel_annotations
 from .format_detection import coco_file, detect_format
-from .gqa_reader import read_gqa, read_gqa200
+from .gqa_reader import FILE_PATTERN, read_gqa, read_gqa200
 from .json_streaming import read_json
-from .open_images_reader import read_open_images, read_open_images_csv
+from .open_images_reader import CSV_PATTERN, read_open_images, read_open_images_csv
 from .parquet_reader import read_coco_parquet, read_parquet
 from .psg_reader import read_psg
 from .record_source import RecordSource
@@ -98,10 +98,13 @@ def _read_coco_rel_annotations(path: Path, split: str, options: ReadOptions) -> 
     return read_coco_rel_annotations(file, options.image_folder, index=options.with_index)
 
 
-def _read_csv(path: Path, _split: str, options: ReadOptions) -> RecordSource:
-    descriptions = min(path.parent.glob("*class-descriptions*.csv"), default=None)
+def _read_csv(path: Path, split: str, options: ReadOptions) -> RecordSource:
+    file = min(path.glob(CSV_PATTERN.format(split=split)), default=None) if path.is_dir() else path
+    if file is None:
+        raise ValueError(f"{path} has no file {CSV_PATTERN.format(split=split)}.")
+    descriptions = min(file.parent.glob("*class-descriptions*.csv"), default=None)
     return read_open_images_csv(
-        path,
+        file,
         _required(descriptions, "a *class-descriptions*.csv beside it", "open-images-csv"),
         _required(options.image_folder, "images", "open-images-csv"),
         predicate_names=_names(options, "predicates"),
@@ -125,7 +128,7 @@ def _read_visual_genome(path: Path, _split: str, options: ReadOptions) -> Record
 
 def _read_gqa(path: Path, split: str, options: ReadOptions) -> RecordSource:
     return read_gqa(
-        path / f"{split}_sceneGraphs.json" if path.is_dir() else path,
+        path / FILE_PATTERN.format(split=split) if path.is_dir() else path,
         _required(options.image_folder, "images", "gqa"),
         _names(options, "labels"),
         _names(options, "predicates"),

@@ -16,8 +16,8 @@ from .training_augmentation import Augmentation
 from .training_dataset import ANNOTATION_COLUMNS, SceneGraphDataset, load_split
 
 
-# Files that hold annotations, whose changes must be noticed.
-_ANNOTATION_SUFFIXES = {".json", ".h5", ".hdf5", ".csv", ".txt"}
+# Files whose content becomes part of the records, so that their changes must be noticed.
+_CONTENT_SUFFIXES = {".json", ".h5", ".hdf5", ".csv", ".txt", ".zip"}
 
 
 def load(
@@ -32,11 +32,13 @@ def load(
 ) -> SceneGraphDataset | SceneGraphStream:
     """Open a split of annotated images.
 
-    Files of other formats are read once and kept in the cache of `datasets`, with the paths of
-    their pictures, until they change.
+    Files of other formats are read once, checked, and kept in the cache of `datasets`, with the
+    paths of their pictures, until they change. Parquet is taken as it is; `check` of what is
+    returned reads all annotations.
 
     Args:
-        path: A folder of Parquet shards, a Hub id, or a file or folder of any known format.
+        path: A folder of Parquet shards or one of them, a Hub id, or a file or folder of any known
+            format.
         split: Its name; "validation" and "val" are one.
         streaming: Read shard by shard instead of having every image at hand.
         augmentation: Random changes of the images.
@@ -110,7 +112,9 @@ def _is_parquet(path: str | Path, options: ReadOptions | None) -> bool:
     if options is not None and options.format_name is not None:
         return options.format_name == "parquet"
     path = Path(path)
-    return any(path.rglob("*.parquet")) if path.is_dir() else not path.is_file()
+    if path.is_dir():
+        return any(path.rglob("*.parquet"))
+    return path.suffix == ".parquet" or not path.is_file()
 
 
 def _has_coco_columns(features: datasets.Features) -> bool:
@@ -125,17 +129,22 @@ def _arguments(path: str | Path, split: str, options: ReadOptions | None) -> dic
         "path": str(path),
         "split": split,
         "options": tuple(options),
-        "files": _stamps(Path(path)),
+        "files": _stamps(Path(path), options),
         "version": __version__,
     }
 
 
-def _stamps(path: Path) -> tuple[tuple[str, int, int], ...]:
-    """Names, sizes and times of the files of annotations."""
-    files = [path] if path.is_file() else [*path.glob("*"), *path.glob("*/*")]
+def _stamps(path: Path, options: ReadOptions) -> tuple[tuple[str, int, int], ...]:
+    """Names, sizes and times of the files that are read for the records."""
+    if path.is_dir():
+        files = [*path.glob("*"), *path.glob("*/*")]
+    else:
+        # HDF5 and CSV files need others beside them, JSON files stand alone.
+        files = [path] if path.suffix == ".json" else [*path.parent.glob("*")]
+    files += [*options.images, *([options.vocabulary] if options.vocabulary else [])]
     stamps = []
-    for file in sorted(files):
-        if file.suffix in _ANNOTATION_SUFFIXES and file.is_file():
+    for file in sorted(map(Path, files)):
+        if file.suffix in _CONTENT_SUFFIXES and file.is_file():
             status = file.stat()
             stamps.append((str(file), status.st_size, status.st_mtime_ns))
     return tuple(stamps)

@@ -31,6 +31,7 @@ _FILES_OF_FORMATS = (
     ("psg", "psg.json"),
     ("vg150", "*.h5"),
     ("gqa", "*_sceneGraphs.json"),
+    ("open-images-csv", "*-annotations-vrd.csv"),
     ("visual-genome", "scene_graphs.json"),
     ("visual-genome", "relationships.json"),
 )
@@ -47,11 +48,11 @@ def detect_format(path: str | Path, split: str = "train") -> DetectedFormat:
         ValueError: If nothing fits.
     """
     path = Path(path)
-    if path.is_file():
-        return _detect_file(path)
     if path.is_dir():
         return _detect_folder(path, split)
-    # What is neither may be on the Hub.
+    if path.is_file() and path.suffix != ".parquet":
+        return _detect_file(path)
+    # What is neither is a shard, or may be on the Hub.
     return _by_columns(load_stream(path, split).column_names or [], str(path))
 
 

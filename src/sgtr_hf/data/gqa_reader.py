@@ -11,6 +11,8 @@ from .record_checks import box_from_corners, box_from_size, triplet, whole_numbe
 from .record_source import Reading, Record, RecordSource, Unresolved
 
 
+# How the published files are called.
+FILE_PATTERN = "{split}_sceneGraphs.json"
 # The first images of the test file that have relations.
 NUM_GQA200_VALIDATION = 5000
 # Of the test file, counted from 0; the published loaders skip it.
@@ -37,8 +39,8 @@ def read_gqa(
     Args:
         path: The JSON file. Its relations hang on their subjects, and its ids are strings.
         images: Folder of the images.
-        entity_names: The vocabulary; what is not in it is left out. All names of the file, sorted,
-            if None, for which the file is read once more.
+        entity_names: The vocabulary; what is not in it is left out. All names of the file and of
+            the other split beside it, sorted, if None, for which these files are read as a whole.
         predicate_names: Likewise.
         attribute_names: The vocabulary of attributes; what is not in it is left out.
 
@@ -47,7 +49,7 @@ def read_gqa(
     """
     path, folder = Path(path), Path(images)
     if entity_names is None or predicate_names is None:
-        found = _names_of_file(path)
+        found = _names_of_splits(path)
         entity_names = found[0] if entity_names is None else entity_names
         predicate_names = found[1] if predicate_names is None else predicate_names
     vocabulary = _Vocabulary(
@@ -72,18 +74,20 @@ def read_gqa(
     )
 
 
-def _names_of_file(path: Path) -> tuple[list[str], list[str]]:
+def _names_of_splits(path: Path) -> tuple[list[str], list[str]]:
+    """Return the names of entities and relations; splits must agree on their numbers."""
     entities: set[str] = set()
     predicates: set[str] = set()
-    for image_id, graph in stream_pairs(path, ""):
-        try:
-            for entity in graph["objects"].values():
-                entities.add(entity["name"])
-                predicates.update(relation["name"] for relation in entity["relations"])
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{path}: the names of image {image_id} cannot be read ({error!r}); is it GQA?"
-            ) from error
+    for file in {path, *path.parent.glob(FILE_PATTERN.format(split="*"))}:
+        for image_id, graph in stream_pairs(file, ""):
+            try:
+                for entity in graph["objects"].values():
+                    entities.add(entity["name"])
+                    predicates.update(relation["name"] for relation in entity["relations"])
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"{file}: the names of image {image_id} cannot be read ({error!r}); is it GQA?"
+                ) from error
     return sorted(entities), sorted(predicates)
 
 

@@ -127,6 +127,5 @@ def _guarded(path: Path, open_items: Any) -> Iterator[Any]:
             # The other lines draw an arrow below the place.
             reason = str(error).partition("\n")[0]
             raise ValueError(
-                f"{path} is not JSON, or ends too early: {reason}; {count} entries were read "
-                "before."
+                f"{path} is not JSON, or ends too early, after {count} entries: {reason}."
             ) from error

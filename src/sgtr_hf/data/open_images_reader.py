@@ -13,6 +13,8 @@ from .record_checks import box_from_corners, triplet, whole_number
 from .record_source import Reading, Record, RecordSource, Unresolved
 
 
+# How the published files are called.
+CSV_PATTERN = "*{split}-annotations-vrd.csv"
 # Names an attribute of an entity, not a relation between two.
 _ATTRIBUTE = "is"
 COLUMNS = ("ImageID", "LabelName1", "LabelName2", "XMin1", "XMax1", "YMin1", "YMax1", "XMin2",
@@ -94,8 +96,8 @@ def read_open_images_csv(
         path: The CSV file.
         class_descriptions: CSV file of class codes and names.
         images: Folder of the images, which give the sizes that the normalised boxes need.
-        predicate_names: Of the data set; those of the file, sorted, if None, for which the file
-            is read once more.
+        predicate_names: Of the data set; those of the file and of other splits beside it, sorted,
+            if None, for which these files are read as a whole.
 
     Raises:
         ValueError: If a file is missing, or the rows are not sorted by image.
@@ -103,7 +105,10 @@ def read_open_images_csv(
     path, image_folder = Path(path), Path(images)
     names = _class_names(Path(class_descriptions))
     if predicate_names is None:
-        predicate_names = sorted({row["RelationshipLabel"] for row in _rows(path)} - {_ATTRIBUTE})
+        # One split does not have them all, and splits must agree on their numbers.
+        files = {path, *path.parent.glob(CSV_PATTERN.format(split=""))}
+        found = {row["RelationshipLabel"] for file in files for row in _rows(file)}
+        predicate_names = sorted(found - {_ATTRIBUTE})
     labels = {code: position for position, code in enumerate(names)}
     predicates = {name: position for position, name in enumerate(predicate_names)}
 

@@ -17,6 +17,7 @@ from .record_source import Reading, Record, RecordSource
 from .schema import vocabularies
 
 
+_SAME_SPLITS = {"validation": ("validation", "val"), "val": ("val", "validation")}
 COCO_COLUMNS = ("image", "image_id", "width", "height", "objects", "relations")
 
 
@@ -24,8 +25,8 @@ def read_parquet(path: str | Path, split: str) -> RecordSource:
     """Stream shards in the schema of `scene_graph_features`; pictures stay encoded.
 
     Args:
-        path: A folder of shards, or a Hub id.
-        split: Name of a split.
+        path: A folder of shards, one of them, or a Hub id.
+        split: Name of a split; that of a single shard may be any.
 
     Raises:
         ValueError: If there is no such split, or the columns are others.
@@ -45,7 +46,7 @@ def read_parquet(path: str | Path, split: str) -> RecordSource:
         str(path),
         attribute_names=attributes,
         has_masks="mask" in entity,
-        count=_count(path, split, stream),
+        count=_count(path, stream),
     )
 
 
@@ -83,30 +84,42 @@ def read_coco_parquet(
         )
 
     return RecordSource(
-        labels.names, predicates.names, records, str(path), count=_count(path, split, stream)
+        labels.names, predicates.names, records, str(path), count=_count(path, stream)
     )
 
 
 def load_stream(path: str | Path, split: str, **options: Any) -> datasets.IterableDataset:
-    """Open a split without reading it.
+    """Open a split without reading it; arguments and errors as of `open_split`."""
+    return open_split(path, split, streaming=True, **options)
+
+
+def open_split(path: str | Path, split: str, **options: Any) -> Any:
+    """Open a split by its name, "val" and "validation" being one.
 
     Args:
-        path: A folder of shards, or a Hub id.
-        split: Name of a split.
-        **options: For `datasets.load_dataset`, as `columns`.
+        path: A folder of shards, one of them, or a Hub id.
+        split: Name of a split; that of a single shard may be any.
+        **options: For `datasets.load_dataset`, as `streaming` and `columns`.
 
     Raises:
         ValueError: If there is no such data set or split.
     """
-    try:
-        return datasets.load_dataset(str(path), split=split, streaming=True, **options)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"{path} has no readable split {split!r}: {error}") from error
+    reasons = []
+    for name in _SAME_SPLITS.get(split, (split,)):
+        arguments: dict[str, Any] = {"path": str(path)}
+        if Path(path).is_file():
+            arguments = {"path": "parquet", "data_files": {name: str(path)}}
+        try:
+            return datasets.load_dataset(**arguments, split=name, **options)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            reasons.append(error)
+    raise ValueError(f"{path} has no readable split {split!r}: {reasons[0]}") from reasons[0]
 
 
-def _count(path: str | Path, split: str, stream: datasets.IterableDataset) -> int | None:
+def _count(path: str | Path, stream: datasets.IterableDataset) -> int | None:
     """The number of rows, where the ends of the shards or the data set's card say it."""
-    shards = list(Path(path).glob(f"{split}-*.parquet")) if Path(path).is_dir() else []
+    split = str(stream.split)
+    shards = [Path(path)] if Path(path).is_file() else list(Path(path).glob(f"{split}-*.parquet"))
     if shards:
         return sum(_num_rows(shard) for shard in shards)
     info = (stream.info.splits or {}).get(split)
@@ -122,16 +135,11 @@ def _num_rows(shard: Path) -> int:
 
 def _rows(stream: datasets.IterableDataset, path: str | Path) -> Iterator[dict[str, Any]]:
     """Yield rows whose pictures stay encoded."""
-    count = 0
     try:
-        for row in stream.decode(False):
-            yield row
-            count += 1
+        yield from stream.decode(False)
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(
-            f"{path}: a shard cannot be read: {' '.join(str(error).split())}; {count} rows were "
-            "read before."
-        ) from error
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(f"{path}: a shard cannot be read: {reason}.") from error
 
 
 def _whole(row: dict[str, Any]) -> Record:

@@ -57,11 +57,13 @@ class Reading:
         on_broken: Takes the message about an entry of which no record can be made; an error is
             raised if None.
         left_out: Counts what the reader leaves out on purpose, by reason.
+        num_good: Records that were made so far.
     """
 
     place: str
     on_broken: Callable[[str], None] | None = None
     left_out: Counter[str] = field(default_factory=Counter)
+    num_good: int = 0
 
     def records(
         self,
@@ -79,21 +81,34 @@ class Reading:
         Raises:
             ValueError: With file, image, field, and the number of good records before it.
         """
-        number = num_good = 0
-        for number, entry in enumerate(entries):
+        number = -1
+        for number, entry in enumerate(self._entries(entries)):
             try:
                 record = build(entry)
-            except (LookupError, TypeError, ValueError, AttributeError) as error:
+            except (LookupError, TypeError, ValueError, AttributeError, OSError) as error:
                 message = f"{self.place}: {_describe(entry, name, number)} {_explain(error)}."
                 if self.on_broken is None:
-                    raise ValueError(
-                        f"{message} {num_good} good records were read before."
-                    ) from error
+                    raise ValueError(f"{message} {self._said_good()}") from error
                 self.on_broken(message)
                 continue
-            num_good += 1
+            self.num_good += 1
             yield record
-        logger.debug("%s: %d records of %d entries.", self.place, num_good, number + 1)
+        logger.debug("%s: %d records of %d entries.", self.place, self.num_good, number + 1)
+
+    def _entries(self, entries: Iterable[Entry]) -> Iterator[Entry]:
+        """Yield entries; what is wrong with the file as a whole ends the reading in any case."""
+        try:
+            yield from entries
+        except (LookupError, TypeError, AttributeError, UnicodeDecodeError) as error:
+            message = f"{self.place}: the next entry {_explain(error)}."
+            raise ValueError(f"{message} {self._said_good()}") from error
+        except ValueError as error:
+            # Of the same kind: an order that needs an index can be helped.
+            error.args = (f"{error} {self._said_good()}",)
+            raise
+
+    def _said_good(self) -> str:
+        return f"{self.num_good} good records were read before."
 
 
 class Unresolved(int):

@@ -52,7 +52,8 @@ class SceneGraphStream(IterableDataset[TrainingImage]):
         annotations: datasets.IterableDataset | None = None,
     ) -> None:
         self.id2label, self.id2predicate = vocabularies(stream.features)
-        self.augmentation, self.seed = augmentation, seed
+        self.augmentation = augmentation and augmentation.for_predicates(self.id2predicate)
+        self.seed = seed
         self.epoch = 0
         self._annotations = stream if annotations is None else annotations
         self._is_shuffled = shuffle_buffer > 0

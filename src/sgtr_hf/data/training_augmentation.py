@@ -9,7 +9,7 @@ T annotated entities, R annotated relations.
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -40,7 +40,8 @@ class Augmentation:
 
     Args:
         flip_probability: Share of images that are mirrored.
-        flip_swaps: Predicates that become others in the mirror.
+        flip_swaps: Predicates that become others in the mirror; None for those with left and right
+            in their names, which a data set finds in its vocabulary.
         brightness: Largest relative change of brightness and of contrast.
         least_crop: Least side of a random crop, as a share of the image's; 1 does not crop.
         least_visible: Entities of which a crop shows a smaller share of the area are dropped.
@@ -54,7 +55,7 @@ class Augmentation:
     """
 
     flip_probability: float = 0.0
-    flip_swaps: Mapping[int, int] = field(default_factory=dict)
+    flip_swaps: Mapping[int, int] | None = None
     brightness: float = 0.0
     least_crop: float = 1.0
     least_visible: float = 0.3
@@ -63,6 +64,12 @@ class Augmentation:
     hue: float = 0.0
     resize_sides: tuple[int, ...] = ()
     resize_longest_side: int = 1333
+
+    def for_predicates(self, id2predicate: Mapping[int, str]) -> "Augmentation":
+        """Return the same with known `flip_swaps`: those of `find_swaps` where they are None."""
+        if self.flip_swaps is not None or not self.flip_probability:
+            return self
+        return replace(self, flip_swaps=find_swaps(id2predicate))
 
 
 def augment(
@@ -74,9 +81,17 @@ def augment(
     """Change an image at random, and its annotation with it.
 
     What is switched off draws no number, so that it leaves what the others draw as it was.
+
+    Raises:
+        ValueError: If images are mirrored and it is not known which predicates change places.
     """
+    if augmentation.flip_probability and augmentation.flip_swaps is None:
+        raise ValueError(
+            "`flip_swaps` must be known to mirror an image, got None; find them by "
+            "`augmentation.for_predicates(id2predicate)`."
+        )
     if generator.uniform() < augmentation.flip_probability:
-        image, annotation = flip(image, annotation, augmentation.flip_swaps)
+        image, annotation = flip(image, annotation, augmentation.flip_swaps or {})
     if augmentation.least_crop < 1 and _happens(augmentation.crop_probability, generator):
         image, annotation = _crop_randomly(image, annotation, augmentation, generator)
     image = _change_colors(image, augmentation, generator)

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from transformers import BaseImageProcessor
 
 from ..scene_graph import SceneGraph
+from .parquet_reader import open_split
 from .record_checks import find_problems
 from .resampling import Resampling, ResamplingSettings, predicates_of
 from .schema import vocabularies
@@ -84,7 +85,7 @@ class SceneGraphDataset(Dataset[TrainingImage]):
     ) -> None:
         self.id2label, self.id2predicate = vocabularies(split.features)
         self.split = split
-        self.augmentation = augmentation
+        self.augmentation = augmentation and augmentation.for_predicates(self.id2predicate)
         self.seed = seed
         self.epoch = 0
         self.resampling: Resampling | None = None
@@ -238,19 +239,18 @@ class Collator:
 
 
 def load_split(path: str | Path, split: str) -> datasets.Dataset:
-    """Load a split of a folder of Parquet shards, or of a Hub data set.
+    """Load a split of a folder of Parquet shards, one shard, or a split of a Hub data set.
 
     Raises:
         ValueError: If there is no such folder or split.
     """
     try:
-        loaded = datasets.load_dataset(str(path), split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+        rows: datasets.Dataset = open_split(path, split)
+    except ValueError as error:
         raise ValueError(
-            f"`data.path` {path} has no readable split {split!r} ({error}). Make tabletop data "
-            "with `sgtr-hf make-tabletop`."
+            f"`data.path` {error} Make tabletop data with `sgtr-hf make-tabletop`."
         ) from error
-    return loaded
+    return rows
 
 
 def check_annotations(

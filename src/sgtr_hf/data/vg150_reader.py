@@ -1,6 +1,7 @@
 """Reads VG150: Visual Genome with 150 classes and 50 predicates, as HDF5 beside two JSON files."""
 
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -236,9 +237,15 @@ def _image_finder(folder: Path, images: Sequence[str | Path] | None) -> FindImag
             if (place / name).is_file():
                 return {"path": str(place / name), "bytes": None}
         if name in members:
-            archive, member = members[name]
-            return {"path": name, "bytes": archive.read(member)}
+            return {"path": name, "bytes": _unpack(*members[name])}
         # Annotations can be looked at without the images.
         return {"path": name, "bytes": None}
 
     return find
+
+
+def _unpack(archive: zipfile.ZipFile, member: str) -> bytes:
+    try:
+        return archive.read(member)
+    except (zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{member} of {archive.filename} is damaged: {error}") from error

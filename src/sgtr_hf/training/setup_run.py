@@ -15,7 +15,7 @@ from ..configuration.configuration_sgtr_detr import SgtrDetrConfig
 from ..data.dataset_loading import load_image_stream, load_rows
 from ..data.resampling import ResamplingSettings
 from ..data.streaming_dataset import SceneGraphStream
-from ..data.training_augmentation import Augmentation, find_swaps, make_swaps
+from ..data.training_augmentation import Augmentation, make_swaps
 from ..data.training_dataset import SceneGraphDataset
 from ..image_processing.image_processing_sgtr import SgtrImageProcessor
 from ..modeling.modeling_sgtr import SgtrForSceneGraphGeneration
@@ -67,14 +67,11 @@ def _training_images(settings: DataSettings, seed: int) -> SceneGraphDataset | S
 
 
 def _augmentation(settings: DataSettings, id2predicate: dict[int, str]) -> Augmentation:
-    swaps: dict[int, int] = {}
-    if settings.flip_swaps is not None:
-        swaps = make_swaps(settings.flip_swaps, id2predicate)
-    elif settings.flip_probability > 0:
-        swaps = find_swaps(id2predicate)
+    # An empty list says that none change places; null, that they are to be found.
+    swaps = settings.flip_swaps
     return Augmentation(
         flip_probability=settings.flip_probability,
-        flip_swaps=swaps,
+        flip_swaps=None if swaps is None else make_swaps(swaps, id2predicate),
         brightness=settings.brightness,
         least_crop=settings.least_crop,
         crop_probability=settings.crop_probability,
@@ -82,7 +79,7 @@ def _augmentation(settings: DataSettings, id2predicate: dict[int, str]) -> Augme
         hue=settings.hue,
         resize_sides=tuple(settings.resize_sides),
         resize_longest_side=settings.resize_longest_side,
-    )
+    ).for_predicates(id2predicate)
 
 
 def make_image_processor(recipe: Recipe) -> SgtrImageProcessor:
