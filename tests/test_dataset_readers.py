@@ -363,6 +363,9 @@ def test_hub_columns_of_coco_parquet(tmp_path, base, as_lists):
     for row, record in enumerate(source.checked()):
         assert_known(record, row)
         assert record["image"]["bytes"] is not None or record["image"]["path"]
+    shard = next(target.glob("*.parquet"))
+    assert detect_format(shard).name == "coco-parquet"
+    assert len(list(open_dataset(shard).checked())) == 2
 
 
 def test_names_of_a_hub_data_set_come_from_its_repository(tmp_path, monkeypatch):

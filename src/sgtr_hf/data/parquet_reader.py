@@ -186,8 +186,9 @@ def _find_categories(
 
 def _hub_or_local_file(path: str | Path) -> Path | None:
     """Return `categories.json` of the folder or of the data set on the Hub, if there is one."""
-    if Path(path).is_dir():
-        file = Path(path) / "categories.json"
+    if Path(path).exists():
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        file = folder / "categories.json"
         return file if file.is_file() else None
     try:
         found = huggingface_hub.hf_hub_download(str(path), "categories.json", repo_type="dataset")
