@@ -246,7 +246,7 @@ def test_the_command_writes_what_evaluate_reads(pictures, model_folder, tmp_path
 def test_kill_and_two_processes(pictures, whole, model_folder, tmp_path):
     """kill -9 of a run at moments of any kind; then two processes of torchrun finish it."""
     command = [
-        *("-m", "sgtr_hf.cli", "annotate", pictures, tmp_path / "out", "--model", model_folder),
+        *("-m", "sgtr_hf", "annotate", pictures, tmp_path / "out", "--model", model_folder),
         *("--batch-size", "2", "--chunk-images", "3", "--threshold", "0", "--top-k", "5"),
     ]
     environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}

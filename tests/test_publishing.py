@@ -116,6 +116,7 @@ def test_the_text_of_an_own_card_stays(folder):
     data = ModelCard(text).data
     assert data.license == "mit"
     assert data.library_name == "transformers"
+    assert {"mine", "scene-graph-generation"} <= set(data.tags)
 
 
 def test_a_card_of_ours_is_written_anew():

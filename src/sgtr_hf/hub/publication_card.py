@@ -129,7 +129,9 @@ def make_card(
     """
     own = ModelCard(facts.own_card) if facts.own_card is not None else None
     known = {} if own is None else own.data.to_dict()
-    known |= _metadata(facts, repo_id)
+    metadata = _metadata(facts, repo_id)
+    metadata["tags"] = list(dict.fromkeys([*(known.get("tags") or ()), *metadata["tags"]]))
+    known |= metadata
     known["license"] = licence or known.get("license") or "unknown"
     data = ModelCardData(**known, ignore_metadata_errors=True)
     usage = _usage(facts, *example)
