@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from sgtr_hf import SgtrConfig, SgtrForSceneGraphGeneration
 from sgtr_hf.boxes import PAIR_GEOMETRY_SIZE, pair_geometry
-from sgtr_hf.losses.detection_loss import focal_loss, mean_over_processes
-from sgtr_hf.losses.hungarian_matching import PaddedAnnotations, assign_all, pad_annotations
+from sgtr_hf.losses.detection_loss import counts_of, focal_loss
+from sgtr_hf.losses.hungarian_matching import LossCounts, PaddedAnnotations, assign_all
 from sgtr_hf.modeling.graph_outputs import SgtrSceneGraphOutput
 from sgtr_hf.modeling.modeling_sgtr_detr import entity_probabilities
 from sgtr_hf.modeling.prediction_heads import ClassHead
@@ -58,17 +58,14 @@ class DensePairHead(SgtrForSceneGraphGeneration):
         pixel_mask: Tensor | None = None,
         labels: list[dict[str, Tensor]] | None = None,
         detector_features: Mapping[str, Tensor] | None = None,
+        loss_counts: LossCounts | None = None,
         **kwargs: Any,
     ) -> SgtrSceneGraphOutput:
         """As `SgtrForSceneGraphGeneration`, without given entities."""
         annotations = None
         if labels is not None:
-            annotations = pad_annotations(
-                labels,
-                self.device,
-                num_classes=self.config.num_labels,
-                num_predicates=self.config.num_predicates,
-            )
+            counts = self.loss_counts(labels) if loss_counts is None else loss_counts
+            annotations = self._pad(labels)._replace(counts=counts)
         if detector_features is not None:
             nodes = self._read_features(detector_features)
         else:
@@ -112,7 +109,8 @@ class DensePairHead(SgtrForSceneGraphGeneration):
         loss = focal_loss(
             logits.flatten(1), targets, self.config.focal_alpha, self.config.focal_gamma
         )
-        return loss.sum() / mean_over_processes(annotations.relation_valid.sum())
+        counts = counts_of(annotations, self.config.num_predicates)
+        return loss.sum() / counts.at_least_one(counts.predicates.sum())
 
     def _summarize_pairs(
         self, levels: Any, probabilities: Tensor, logits: Tensor

@@ -12,13 +12,18 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from sgtr_hf.configuration.configuration_sgtr_detr import SgtrDetrConfig
 from sgtr_hf.losses import detection_loss
 from sgtr_hf.losses.detection_loss import (
+    count_annotations,
     denoising_losses,
     detection_losses,
     focal_loss,
-    mean_over_processes,
     scatter_to_queries,
 )
-from sgtr_hf.losses.hungarian_matching import assign, entity_matching_costs, pad_annotations
+from sgtr_hf.losses.hungarian_matching import (
+    PaddedAnnotations,
+    assign,
+    entity_matching_costs,
+    pad_annotations,
+)
 
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -217,18 +222,45 @@ def test_scatter_to_queries_skips_unmatched_annotations():
     assert scatter_to_queries(values, matches, 4, -1).tolist() == expected
 
 
-def test_mean_over_processes_is_at_least_one():
-    assert mean_over_processes(torch.tensor(0)) == 1
-    assert mean_over_processes(torch.tensor(7)) == 7
-
-
-def test_mean_over_processes_averages(monkeypatch):
+def test_counts_are_averages_over_processes_and_batches(monkeypatch):
     monkeypatch.setattr(detection_loss.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(detection_loss.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(detection_loss.distributed, "all_reduce", lambda count: count.add_(10))
-    local = torch.tensor(4.0)
-    assert mean_over_processes(local) == 7
-    assert local == 4
+    monkeypatch.setattr(detection_loss.distributed, "all_reduce", lambda totals: totals.add_(10))
+    annotations = make_annotations([3, 1])
+    relations = torch.tensor([[[0, 1, 2], [1, 0, 2]], [[0, 0, 0], [0, 0, 0]]])
+    valid = torch.tensor([[True, True], [True, False]])
+    annotations = annotations._replace(relations=relations, relation_valid=valid)
+    counts = count_annotations(annotations, 3, num_batches=4, repetitions=torch.tensor([1, 5]))
+    # Over two processes with four batches each.
+    assert counts.images == 12 / 8
+    assert counts.entities == 14 / 8
+    assert counts.predicates.tolist() == [11 / 8, 10 / 8, 12 / 8]
+    assert counts.repeated_predicates.tolist() == [15 / 8, 10 / 8, 12 / 8]
+    assert counts.least == 1 / 8
+
+
+def test_an_update_without_annotations_divides_by_one_in_all():
+    counts = count_annotations(make_annotations([0, 0]), num_batches=2)
+    assert counts.entities == 0
+    assert counts.at_least_one(counts.entities) == 0.5
+
+
+@pytest.mark.parametrize("classification", ["softmax", "focal"])
+def test_losses_of_two_batches_average_to_that_of_both(classification):
+    config = make_config(classification)
+    logits, boxes = make_predictions(config, levels=2, images=4)
+    annotations = make_annotations([3, 0, 1, 1])
+    matches = assign(torch.rand(2, 4, 6, 3), annotations.valid)
+    whole = detection_losses(config, logits, boxes, annotations, matches)
+    counts = count_annotations(annotations, num_batches=2)
+    halves = []
+    for images in (slice(0, 2), slice(2, 4)):
+        part = PaddedAnnotations(*(field[images] for field in annotations[:5]), counts=counts)
+        halves.append(
+            detection_losses(config, logits[:, images], boxes[:, images], part, matches[:, images])
+        )
+    for name, loss in whole.items():
+        torch.testing.assert_close((halves[0][name] + halves[1][name]) / 2, loss)
 
 
 @pytest.mark.parametrize("classification", ["softmax", "focal"])

@@ -10,7 +10,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 
 from ..boxes import box_cxcywh_to_xyxy, generalized_box_iou
 from ..configuration.configuration_sgtr_detr import SgtrDetrConfig
-from .hungarian_matching import PaddedAnnotations
+from .hungarian_matching import LossCounts, PaddedAnnotations
 
 
 def detection_losses(
@@ -33,9 +33,11 @@ def detection_losses(
         Scalars `loss_class`, `loss_box` and `loss_giou` of the last level, and the same with
         suffix `_0`, `_1`, ... of the earlier levels. Their sum is the loss.
     """
-    num_boxes = mean_over_processes(annotations.valid.sum())
+    counts = counts_of(annotations)
+    num_boxes = counts.at_least_one(counts.entities)
     targets = scatter_to_queries(annotations.class_labels, matches, logits.shape[2], -1)
-    class_loss = entity_class_loss(config, logits, targets, num_boxes)
+    divisor = entity_class_divisor(config, counts, counts.entities, logits.shape[2])
+    class_loss = entity_class_loss(config, logits, targets, divisor)
     box_loss, giou_loss = box_losses(
         gather_queries(boxes, matches), annotations.boxes, matches >= 0, config.legacy_box_offset
     )
@@ -68,7 +70,10 @@ def denoising_losses(
         Softmax is ours: cross entropy of the noised entities alone, without no-object.
     """
     is_query = entity_indices >= 0
-    count = mean_over_processes(is_query.sum())
+    counts = counts_of(annotations)
+    # Every group restores every entity once.
+    num_groups = entity_indices.shape[1] // max(annotations.valid.shape[1], 1)
+    count = counts.at_least_one(counts.entities * num_groups)
     # Without entities in the whole batch there are no denoising queries either.
     targets = annotations.class_labels.gather(1, entity_indices.clamp(min=0))
     target_boxes = gather_entries(annotations.boxes, entity_indices)
@@ -89,25 +94,72 @@ def denoising_losses(
     )
 
 
-def mean_over_processes(count: Tensor) -> Tensor:
-    """Average a count over all processes, so that each normalises its losses alike.
+def count_annotations(
+    annotations: PaddedAnnotations,
+    num_predicates: int = 0,
+    num_batches: int = 1,
+    repetitions: Tensor | None = None,
+) -> LossCounts:
+    """Count what the losses of an update are divided by; every process must call it.
 
     Args:
-        count: Scalar of this process.
-
-    Returns:
-        Scalar float32, at least 1.
+        annotations: Of all images of this process in the update.
+        num_predicates: P; 0 for a detector.
+        num_batches: Batches of this process in the update, whose gradients are accumulated.
+        repetitions: (B,) how often the earlier levels assign each relation; once if None.
     """
-    mean = count.detach().to(torch.float32)
+    is_relation = annotations.relation_valid.float()
+    repeated = is_relation if repetitions is None else is_relation * repetitions[:, None]
+    images = is_relation.new_tensor([len(annotations.valid)])
+    totals = [images, annotations.valid.sum()[None].float()]
+    if num_predicates > 0:
+        predicates = annotations.relations[..., 2].flatten()
+        totals += [
+            weights.new_zeros(num_predicates).index_add_(0, predicates, weights.flatten())
+            for weights in (is_relation, repeated)
+        ]
+    return _average_over_processes(torch.cat(totals), num_predicates, num_batches)
+
+
+def _average_over_processes(totals: Tensor, num_predicates: int, num_batches: int) -> LossCounts:
+    share = 1 / num_batches
     if distributed.is_available() and distributed.is_initialized():
-        mean = mean.clone()
-        distributed.all_reduce(mean)
-        mean = mean / distributed.get_world_size()
-    return mean.clamp(min=1)
+        distributed.all_reduce(totals)
+        share /= distributed.get_world_size()
+    averages = totals * share
+    return LossCounts(
+        images=averages[0],
+        entities=averages[1],
+        predicates=averages[2 : 2 + num_predicates],
+        repeated_predicates=averages[2 + num_predicates :],
+        least=averages.new_tensor(share),
+    )
+
+
+def counts_of(annotations: PaddedAnnotations, num_predicates: int = 0) -> LossCounts:
+    """Return the counts of the update that the annotations belong to."""
+    return annotations.counts or count_annotations(annotations, num_predicates)
+
+
+def entity_class_divisor(
+    config: SgtrDetrConfig, counts: LossCounts, num_positives: Tensor, num_queries: int
+) -> Tensor:
+    """Return what `entity_class_loss` is divided by, the same in all processes.
+
+    Args:
+        config: Gives the kind of classification and the no-object weight.
+        counts: Of the update.
+        num_positives: Scalar, queries with an entity, averaged like the counts.
+        num_queries: N.
+    """
+    if config.classification == "focal":
+        return counts.at_least_one(num_positives)
+    # As in DETR, the mean over queries weighted by class.
+    return num_positives + config.eos_coefficient * (counts.images * num_queries - num_positives)
 
 
 def entity_class_loss(
-    config: SgtrDetrConfig, logits: Tensor, targets: Tensor, count: Tensor
+    config: SgtrDetrConfig, logits: Tensor, targets: Tensor, divisor: Tensor | None
 ) -> Tensor:
     """Classify queries as entities or no-object; unweighted.
 
@@ -115,8 +167,8 @@ def entity_class_loss(
         config: Gives the kind of classification, and alpha and gamma or the no-object weight.
         logits: (L, B, N, C + 1) for softmax with no-object last, or (L, B, N, C) for focal.
         targets: (L, B, N) classes, -1 for no-object.
-        count: Scalar that the focal loss is divided by. Cross entropy is the mean over queries
-            weighted by class, as in DETR, of this process alone.
+        divisor: Scalar by `entity_class_divisor`; None, for softmax alone, averages over the
+            queries of this batch.
 
     Returns:
         (L,) loss of each level.
@@ -126,21 +178,27 @@ def entity_class_loss(
         class_weights = logits.new_ones(no_object + 1, dtype=torch.float32)
         class_weights[no_object] = config.eos_coefficient
         return weighted_cross_entropy(
-            logits, torch.where(targets >= 0, targets, no_object), class_weights
+            logits, torch.where(targets >= 0, targets, no_object), class_weights, divisor
         )
+    if divisor is None:
+        raise ValueError("The focal loss has no weights to average by; give `divisor`.")
     loss = focal_loss(
         logits.float(), one_hot_or_zeros(targets, logits), config.focal_alpha, config.focal_gamma
     )
-    return loss.sum((1, 2, 3)) / count
+    return loss.sum((1, 2, 3)) / divisor
 
 
-def weighted_cross_entropy(logits: Tensor, targets: Tensor, class_weights: Tensor) -> Tensor:
+def weighted_cross_entropy(
+    logits: Tensor, targets: Tensor, class_weights: Tensor, divisor: Tensor | None
+) -> Tensor:
     """Average cross entropy over the queries of a level, weighted by their classes.
 
     Args:
         logits: (L, B, N, C).
         targets: (L, B, N) classes from 0 to C - 1.
         class_weights: (C,) float32.
+        divisor: Scalar, the average of the weights' sum over processes and batches; None takes
+            the sum of this batch.
 
     Returns:
         (L,) loss of each level.
@@ -149,7 +207,8 @@ def weighted_cross_entropy(logits: Tensor, targets: Tensor, class_weights: Tenso
     loss = cross_entropy(
         logits.float().movedim(-1, 1), targets, weight=class_weights, reduction="none"
     )
-    return loss.sum((1, 2)) / class_weights[targets].sum((1, 2))
+    total = loss.sum((1, 2))
+    return total / (class_weights[targets].sum((1, 2)) if divisor is None else divisor)
 
 
 def focal_loss(logits: Tensor, targets: Tensor, alpha: float, gamma: float) -> Tensor:

@@ -28,6 +28,29 @@ RELATION_SIZE = 3
 NORMALIZED_BOX_LIMIT = 2.0
 
 
+class LossCounts(NamedTuple):
+    """What losses are divided by: averages over the processes and the batches of an update.
+
+    Gradients are averaged over processes and batches too; a sum over such a count is therefore the
+    same whichever of them an image falls to.
+    """
+
+    images: Tensor
+    """Scalar float32."""
+    entities: Tensor
+    """Scalar, of annotated entities."""
+    predicates: Tensor
+    """(P,) annotated relations of each predicate; empty for a detector."""
+    repeated_predicates: Tensor
+    """(P,) the same, as often as the earlier levels assign each relation."""
+    least: Tensor
+    """Scalar: one in the whole update, which is the least to divide by."""
+
+    def at_least_one(self, count: Tensor) -> Tensor:
+        """Keep the losses of an update without annotations finite."""
+        return torch.maximum(count, self.least)
+
+
 class PaddedAnnotations(NamedTuple):
     """Annotations of B images, padded to the most entities and relations of one image."""
 
@@ -41,6 +64,10 @@ class PaddedAnnotations(NamedTuple):
     """(B, R, 3) int64 subject, object (indices of entities) and predicate from 0."""
     relation_valid: Tensor
     """(B, R) boolean, False on padding."""
+    noise_seeds: Tensor | None = None
+    """(B,) int64 seed of each image's noise; None if the noise may be any."""
+    counts: LossCounts | None = None
+    """Of the update that the images belong to; None if these images are all of it."""
 
 
 class AssignmentProblem(NamedTuple):
@@ -65,7 +92,8 @@ def pad_annotations(
 
     Args:
         labels: One dict an image: class_labels (T,), boxes (T, 4) and, if `num_predicates` is
-            given, relations (R, 3).
+            given, relations (R, 3). A whole number noise_seed, if each has one, decides how the
+            annotations of the image are noised for denoising queries.
         device: Where the result lies.
         num_classes: Number of entity classes.
         num_predicates: Number of predicates; None ignores relations (then R is 0).
@@ -89,12 +117,14 @@ def pad_annotations(
         )
     else:
         relations = [label["relations"].to(device, torch.int64) for label in labels]
+    seeds = [label["noise_seed"] for label in labels if "noise_seed" in label]
     annotations = PaddedAnnotations(
         class_labels=pad_sequence(classes, batch_first=True),
         boxes=pad_sequence(boxes, batch_first=True),
         valid=_valid_prefix([len(entry) for entry in classes], device),
         relations=pad_sequence(relations, batch_first=True),
         relation_valid=_valid_prefix([len(entry) for entry in relations], device),
+        noise_seeds=torch.stack(seeds).to(device) if len(seeds) == len(labels) else None,
     )
     _check_values(annotations, num_classes, num_predicates or 0)
     return annotations
@@ -248,7 +278,7 @@ def _check_lengths(image: int, label: dict[str, Tensor]) -> None:
 
 def _check_values(annotations: PaddedAnnotations, num_classes: int, num_predicates: int) -> None:
     """Reject values out of range; one synchronisation with the device if all is well."""
-    classes, boxes, valid, relations, relation_valid = annotations
+    classes, boxes, valid, relations, relation_valid = annotations[:5]
     num_entities = valid.sum(1)[:, None]
     ends, predicates = relations[..., :2], relations[..., 2]
     checks: list[tuple[str, Tensor, Tensor, str]] = [

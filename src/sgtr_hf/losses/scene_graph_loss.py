@@ -12,16 +12,17 @@ from torch import Tensor
 from ..configuration.configuration_sgtr import SgtrConfig
 from .detection_loss import (
     box_losses,
+    counts_of,
+    entity_class_divisor,
     entity_class_loss,
     focal_loss,
     gather_queries,
-    mean_over_processes,
     name_levels,
     one_hot_or_zeros,
     scatter_to_queries,
     weighted_cross_entropy,
 )
-from .hungarian_matching import PaddedAnnotations
+from .hungarian_matching import LossCounts, PaddedAnnotations
 from .triplet_predictions import (
     RelationTargets,
     TripletPredictions,
@@ -110,8 +111,9 @@ def relatedness_loss(
     targets = logits.new_zeros((batch_size, num_entities**2 + 1), dtype=torch.float32)
     targets = targets.scatter_(1, pairs, 1.0)[:, :-1]
     loss = focal_loss(logits.float().flatten(1), targets, config.focal_alpha, config.focal_gamma)
-    count = mean_over_processes(annotations.relation_valid.sum())
-    return config.relatedness_loss_weight * loss.sum() / count
+    counts = counts_of(annotations, config.num_predicates)
+    num_relations = counts.at_least_one(counts.predicates.sum())
+    return config.relatedness_loss_weight * loss.sum() / num_relations
 
 
 def _level_losses(
@@ -123,8 +125,9 @@ def _level_losses(
     """Losses (L,) by name, with the weight of the last level."""
     annotations, matches = assignment
     targets = relation_targets(annotations)
-    count = mean_over_processes(annotations.relation_valid.sum())
-    losses = {"loss_predicate": _predicate_losses(config, predictions, annotations, matches)}
+    counts = counts_of(annotations, config.num_predicates)
+    count = counts.at_least_one(counts.predicates.sum())
+    losses = {"loss_predicate": _predicate_losses(config, predictions, assignment, counts)}
     if config.predicate_node_generator == "structural":
         vectors = gather_queries(predictions.relation_vectors, matches).float()
         distance = (vectors - targets.vectors).abs().sum(-1)
@@ -134,7 +137,7 @@ def _level_losses(
         ("subject", (predictions.subject_logits, predictions.subject_boxes)),
         ("object", (predictions.object_logits, predictions.object_boxes)),
     ):
-        found = _indicator_losses(config, indicators, _of_role(targets, role), matches, count)
+        found = _indicator_losses(config, indicators, _of_role(targets, role), matches, counts)
         losses |= {f"loss_{role}_{part}": loss for part, loss in found.items()}
     if entities is not None:
         losses |= _assembling_losses(config, predictions, entities, assignment, count)
@@ -144,10 +147,11 @@ def _level_losses(
 def _predicate_losses(
     config: SgtrConfig,
     predictions: TripletPredictions,
-    annotations: PaddedAnnotations,
-    matches: Tensor,
+    assignment: TripletAssignment,
+    counts: LossCounts,
 ) -> Tensor:
     """Classification (L,) of all queries; those without a relation are background."""
+    annotations, matches = assignment
     logits = predictions.predicate_logits
     weight = config.predicate_loss_weight
     predicates, num_queries = annotations.relations[..., 2], logits.shape[2]
@@ -158,19 +162,29 @@ def _predicate_losses(
         )
         adjusted = torch.cat((logits[..., :1], logits[..., 1:] + adjustment), dim=-1)
         targets = scatter_to_queries(predicates + 1, matches, num_queries, 0)
-        return weight * weighted_cross_entropy(adjusted, targets, class_weights)
+        positives = counts.predicates.sum()
+        background = counts.images * num_queries - positives
+        divisor = (counts.predicates * positive_weights).sum() + class_weights[0] * background
+        return weight * weighted_cross_entropy(
+            # The release averages over the queries of this process alone, and may leave relations
+            # without a query.
+            adjusted,
+            targets,
+            class_weights,
+            None if config.legacy_triplet_matching else divisor,
+        )
     targets = scatter_to_queries(predicates, matches, num_queries, -1)
     encoded = one_hot_or_zeros(targets, logits)
     values = focal_loss(
         logits.float() + adjustment, encoded, config.focal_alpha, config.focal_gamma
     )
     losses = (values * (1 + encoded * (positive_weights - 1))).sum((1, 2, 3))
-    count = annotations.relation_valid.sum()
     if config.legacy_focal_normalization:
         # The release averages over predicates and counts the relations of this process alone
         # (rel_detr_losses.py:857).
-        return weight * losses * num_queries / logits.shape[-1] / count.clamp(min=1)
-    return weight * losses / mean_over_processes(count)
+        count = annotations.relation_valid.sum().clamp(min=1)
+        return weight * losses * num_queries / logits.shape[-1] / count
+    return weight * losses / counts.at_least_one(counts.predicates.sum())
 
 
 def _long_tail_terms(config: SgtrConfig, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,14 +215,21 @@ def _indicator_losses(
     indicators: tuple[Tensor, Tensor],
     targets: tuple[Tensor, Tensor],
     matches: Tensor,
-    count: Tensor,
+    counts: LossCounts,
 ) -> dict[str, Tensor]:
     """Losses (L,) of one role: class and box that its queries expect of the entity."""
     detector_config = config.detector
     logits, boxes = indicators
     labels, target_boxes = targets
     query_labels = scatter_to_queries(labels, matches, logits.shape[2], -1)
-    class_loss = entity_class_loss(detector_config, logits, query_labels, count)
+    positives = counts.predicates.sum()
+    count = counts.at_least_one(positives)
+    divisor: Tensor | None = entity_class_divisor(
+        detector_config, counts, positives, logits.shape[2]
+    )
+    if config.legacy_triplet_matching and detector_config.classification == "softmax":
+        divisor = None
+    class_loss = entity_class_loss(detector_config, logits, query_labels, divisor)
     box_loss, giou_loss = box_losses(
         gather_queries(boxes, matches),
         target_boxes,

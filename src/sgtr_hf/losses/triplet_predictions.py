@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..configuration.configuration_sgtr import SgtrConfig
 from .detection_loss import gather_entries
 from .hungarian_matching import PaddedAnnotations
 
@@ -77,9 +78,35 @@ def relation_targets(annotations: PaddedAnnotations) -> RelationTargets:
     )
 
 
-def repeat_relations(annotations: PaddedAnnotations, times: int) -> PaddedAnnotations:
-    """List every relation several times, so that as many queries can be assigned to it."""
+def repeat_relations(
+    annotations: PaddedAnnotations, times: int, repetitions: Tensor | None = None
+) -> PaddedAnnotations:
+    """List every relation several times, so that as many queries can be assigned to it.
+
+    Args:
+        annotations: R relations an image.
+        times: How often each stands.
+        repetitions: (B,) how many of these are valid; all if None.
+    """
+    valid = annotations.relation_valid.repeat(1, times)
+    if repetitions is not None:
+        number = torch.arange(times, device=valid.device)
+        number = number.repeat_interleave(annotations.relations.shape[1])
+        valid = valid & (number < repetitions[:, None])
+    counts = annotations.counts
+    if counts is not None:
+        of_all = counts.predicates * times
+        repeated = of_all if repetitions is None else counts.repeated_predicates
+        counts = counts._replace(predicates=repeated)
     return annotations._replace(
-        relations=annotations.relations.repeat(1, times, 1),
-        relation_valid=annotations.relation_valid.repeat(1, times),
+        relations=annotations.relations.repeat(1, times, 1), relation_valid=valid, counts=counts
     )
+
+
+def count_repetitions(config: SgtrConfig, annotations: PaddedAnnotations) -> Tensor:
+    """Say how often (B,) the earlier levels assign each relation of an image.
+
+    `auxiliary_assignments` times, or as often as there are queries for it.
+    """
+    num_relations = annotations.relation_valid.sum(1).clamp(min=1)
+    return (config.num_predicate_queries // num_relations).clamp(1, config.auxiliary_assignments)

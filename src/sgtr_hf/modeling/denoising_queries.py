@@ -13,6 +13,11 @@ from torch import Tensor, nn
 from ..boxes import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh
 from ..configuration.configuration_sgtr_detr import SgtrDetrConfig
 from ..losses.hungarian_matching import PaddedAnnotations
+from .seeded_noise import draw_seeds, seeded_uniform
+
+
+# Two for a class, four for a box.
+NUMBERS_OF_NOISE = 6
 
 
 class DenoisingQueries(NamedTuple):
@@ -48,11 +53,17 @@ class DenoisingQueryGenerator(nn.Module):
         labels = annotations.class_labels.repeat(1, self.num_groups)
         boxes = annotations.boxes.repeat(1, self.num_groups, 1)
         valid = annotations.valid.repeat(1, self.num_groups)
-        num_entities = annotations.valid.shape[1]
+        batch_size, num_entities = annotations.valid.shape
+        seeds = annotations.noise_seeds
+        if seeds is None:
+            seeds = draw_seeds(batch_size, valid.device)
+        numbers = seeded_uniform(seeds, self.num_groups, num_entities, NUMBERS_OF_NOISE)
         indices = torch.arange(num_entities, device=valid.device).repeat(self.num_groups)
         return DenoisingQueries(
-            content=self.class_embedding(noise_labels(labels, self.num_classes, self.label_noise)),
-            anchors=noise_boxes(boxes, self.box_noise),
+            content=self.class_embedding(
+                noise_labels(labels, self.num_classes, self.label_noise, numbers)
+            ),
+            anchors=noise_boxes(boxes, self.box_noise, numbers),
             entity_indices=torch.where(valid, indices, -1),
             group=torch.arange(self.num_groups, device=valid.device).repeat_interleave(
                 num_entities
@@ -60,20 +71,24 @@ class DenoisingQueryGenerator(nn.Module):
         )
 
 
-def noise_labels(labels: Tensor, num_classes: int, share: float) -> Tensor:
-    """Replace a share of the classes (...) by random ones."""
-    random_labels = torch.randint_like(labels, num_classes)
-    is_noised = torch.rand(labels.shape, device=labels.device) < share
-    return torch.where(is_noised, random_labels, labels)
+def noise_labels(labels: Tensor, num_classes: int, share: float, numbers: Tensor) -> Tensor:
+    """Replace a share of the classes (...) by random ones, by the first two of the numbers."""
+    random_labels = (numbers[..., 0] * num_classes).to(labels.dtype)
+    return torch.where(numbers[..., 1] < share, random_labels, labels)
 
 
-def noise_boxes(boxes: Tensor, amount: float) -> Tensor:
+def noise_boxes(boxes: Tensor, amount: float, numbers: Tensor) -> Tensor:
     """Move and resize boxes (..., 4) cxcywh at random, inside the image.
 
     The centre moves by at most half the amount times the size, the size changes by the amount.
+
+    Args:
+        boxes: Of annotations.
+        amount: Of noise.
+        numbers: (..., 6) in [0, 1), the last four of which decide.
     """
     reach = torch.cat((boxes[..., 2:] / 2, boxes[..., 2:]), dim=-1) * amount
-    noised = boxes + (2 * torch.rand_like(boxes) - 1) * reach
+    noised = boxes + (2 * numbers[..., 2:] - 1) * reach
     return box_xyxy_to_cxcywh(box_cxcywh_to_xyxy(noised).clamp(0, 1))
 
 

@@ -5,10 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.generic import can_return_tuple
 
 from ..configuration.configuration_sgtr import SgtrConfig
+from ..losses.detection_loss import count_annotations
 from ..losses.hungarian_matching import (
     AssignmentProblem,
+    LossCounts,
     PaddedAnnotations,
     assign_all,
     pad_annotations,
@@ -20,7 +23,11 @@ from ..losses.scene_graph_loss import (
     scene_graph_losses,
 )
 from ..losses.triplet_matching_costs import legacy_triplet_matching, triplet_matching_costs
-from ..losses.triplet_predictions import TripletPredictions, repeat_relations
+from ..losses.triplet_predictions import (
+    TripletPredictions,
+    count_repetitions,
+    repeat_relations,
+)
 from .backbone_freezing import FreezablePreTrainedModel
 from .detection_outputs import EntityLevels, SgtrDetrModelOutput
 from .entity_decoder import ImageMemory
@@ -34,7 +41,7 @@ from .modeling_sgtr_detr import (
     init_transformer_weights,
 )
 from .predicate_node_generator import PredicateNodeGenerator
-from .prediction_heads import BoxHead, ClassHead
+from .prediction_heads import BoxHead, ClassHead, predicate_probabilities
 
 
 class SgtrPreTrainedModel(FreezablePreTrainedModel):
@@ -43,14 +50,7 @@ class SgtrPreTrainedModel(FreezablePreTrainedModel):
     config: SgtrConfig
     config_class = SgtrConfig
     base_model_prefix = "model"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
     _no_split_modules = ["EncoderLayer", "DecoderLayer"]  # noqa: RUF012 - transformers' contract
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -170,6 +170,7 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
         )
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor | None = None,
@@ -178,6 +179,7 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
         detector_features: Mapping[str, Tensor] | None = None,
         entity_boxes: Sequence[Tensor] | None = None,
         entity_labels: Sequence[Tensor] | None = None,
+        loss_counts: LossCounts | None = None,
         **kwargs: Any,
     ) -> SgtrSceneGraphOutput:
         """Predict entities, predicates and their links, and the loss when `labels` are given.
@@ -192,6 +194,7 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
             entity_boxes: For each image (E, 4) boxes, cxcywh relative to the image without its
                 padding: relations are then found among these (SGCls). Needs anchor queries.
             entity_labels: For each image (E,) their classes from 0 (PredCls).
+            loss_counts: Of `loss_counts`, where gradients of several batches are accumulated.
             **kwargs: For the attention backend.
 
         Raises:
@@ -204,12 +207,8 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
             raise ValueError("Give either `pixel_values` or `detector_features`.")
         annotations = None
         if labels is not None:
-            annotations = pad_annotations(
-                labels,
-                self.device,
-                num_classes=self.config.num_labels,
-                num_predicates=self.config.num_predicates,
-            )
+            counts = self.loss_counts(labels) if loss_counts is None else loss_counts
+            annotations = self._pad(labels)._replace(counts=counts)
         if entity_boxes is not None and (labels is not None or detector_features is not None):
             raise ValueError("`entity_boxes` go with images alone, not with labels or features.")
         given = self._given(entity_boxes, entity_labels)
@@ -228,6 +227,21 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
             output.loss_dict = self.losses(nodes, triplets, image_sizes, annotations)
             output.loss = torch.stack(list(output.loss_dict.values())).sum()
         return output
+
+    def loss_counts(self, labels: Sequence[dict[str, Tensor]], num_batches: int = 1) -> LossCounts:
+        """Count what the losses of an update are divided by, as the detector's does."""
+        annotations = self._pad(labels)
+        repetitions = count_repetitions(self.config, annotations)
+        return count_annotations(annotations, self.config.num_predicates, num_batches, repetitions)
+
+    def _pad(self, labels: Sequence[dict[str, Tensor]]) -> PaddedAnnotations:
+        config = self.config
+        return pad_annotations(
+            labels,
+            self.device,
+            num_classes=config.num_labels,
+            num_predicates=config.num_predicates,
+        )
 
     def _given(
         self, boxes: Sequence[Tensor] | None, labels: Sequence[Tensor] | None
@@ -416,14 +430,11 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
             found = list(assign_all(*entity_problems)) if entity_problems else []
             return found, [TripletAssignment(annotations, matches)]
         costs = triplet_matching_costs(config, triplets, *arguments)
-        # As often as there are queries for it in the fullest image.
-        times = min(
-            config.auxiliary_assignments, costs.shape[2] // max(annotations.relations.shape[1], 1)
-        )
-        repeated = repeat_relations(annotations, max(times, 1))
+        times = config.auxiliary_assignments
+        repeated = repeat_relations(annotations, times, count_repetitions(config, annotations))
         problems = [
             AssignmentProblem(
-                costs[:-1].repeat(1, 1, 1, max(times, 1)),
+                costs[:-1].repeat(1, 1, 1, times),
                 repeated.relation_valid,
                 "num_predicate_queries",
             ),
@@ -473,21 +484,6 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
             auxiliary_outputs=earlier or None,
             **last,
         )
-
-
-def predicate_probabilities(config: SgtrConfig, logits: Tensor) -> Tensor:
-    """Turn logits into the calibrated probabilities (..., P) of the real predicates.
-
-    Args:
-        config: Gives the kind of classification, `score_temperature` and `score_offset`.
-        logits: (..., P + 1) with background first for "softmax", (..., P) for "focal".
-    """
-    scaled = logits / config.score_temperature
-    if config.predicate_classification == "softmax":
-        background, predicates = scaled.split((1, scaled.shape[-1] - 1), dim=-1)
-        scaled = torch.cat((background, predicates + config.score_offset), dim=-1)
-        return scaled.softmax(dim=-1)[..., 1:]
-    return (scaled + config.score_offset).sigmoid()
 
 
 def _image_sizes(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:

@@ -8,12 +8,14 @@ from torch import Tensor, nn
 from transformers import AutoBackbone, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
+from transformers.utils.generic import can_return_tuple
 
 from ..configuration.configuration_dino_vit import DinoVitConfig
 from ..configuration.configuration_sgtr_detr import SgtrDetrConfig
-from ..losses.detection_loss import denoising_losses, detection_losses
+from ..losses.detection_loss import count_annotations, denoising_losses, detection_losses
 from ..losses.hungarian_matching import (
     AssignmentProblem,
+    LossCounts,
     PaddedAnnotations,
     assign_all,
     entity_matching_costs,
@@ -45,14 +47,7 @@ class SgtrDetrPreTrainedModel(FreezablePreTrainedModel):
     config: SgtrDetrConfig
     config_class = SgtrDetrConfig
     base_model_prefix = "model"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
     _no_split_modules = ["EncoderLayer", "DecoderLayer"]  # noqa: RUF012 - transformers' contract
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -305,11 +300,13 @@ class SgtrDetrForObjectDetection(SgtrDetrPreTrainedModel):
         self.class_head = ClassHead(config.d_model, columns, is_focal=is_focal)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor,
         pixel_mask: Tensor | None = None,
         labels: list[dict[str, Tensor]] | None = None,
+        loss_counts: LossCounts | None = None,
         **kwargs: Any,
     ) -> SgtrDetrObjectDetectionOutput:
         """Detect entities, and compute the loss when `labels` are given.
@@ -319,6 +316,8 @@ class SgtrDetrForObjectDetection(SgtrDetrPreTrainedModel):
             pixel_mask: (B, H, W), 1 where the image is and 0 on padding; all 1 when None.
             labels: One dict an image: class_labels (T,) from 0 and boxes (T, 4), cxcywh relative
                 to the image without its padding.
+            loss_counts: Of `loss_counts`, where gradients of several batches are accumulated;
+                these images, in all processes, are counted if None.
             **kwargs: For the attention backend.
 
         Raises:
@@ -326,9 +325,8 @@ class SgtrDetrForObjectDetection(SgtrDetrPreTrainedModel):
         """
         annotations = None
         if labels is not None:
-            annotations = pad_annotations(
-                labels, pixel_values.device, num_classes=self.config.num_labels
-            )
+            annotations = self._pad(labels)
+            annotations = annotations._replace(counts=loss_counts or count_annotations(annotations))
         model_output = self.model(
             pixel_values, pixel_mask, annotations, all_levels=annotations is not None, **kwargs
         )
@@ -339,6 +337,18 @@ class SgtrDetrForObjectDetection(SgtrDetrPreTrainedModel):
             output.loss_dict = self.losses(model_output, levels, annotations, matches)
             output.loss = torch.stack(list(output.loss_dict.values())).sum()
         return output
+
+    def loss_counts(self, labels: Sequence[dict[str, Tensor]], num_batches: int = 1) -> LossCounts:
+        """Count what the losses of an update are divided by; every process must call it.
+
+        Args:
+            labels: As of `forward`, of all images of this process in the update.
+            num_batches: Batches that they come in, whose gradients are averaged.
+        """
+        return count_annotations(self._pad(labels), num_batches=num_batches)
+
+    def _pad(self, labels: Sequence[dict[str, Tensor]]) -> PaddedAnnotations:
+        return pad_annotations(labels, self.device, num_classes=self.config.num_labels)
 
     def read_levels(self, model_output: SgtrDetrModelOutput) -> EntityLevels:
         """Read classes and boxes off the queries, of all levels if the decoder returned them."""

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from ..configuration.configuration_sgtr import SgtrConfig
+
 
 # Probability at which a focal head starts.
 RARE = 0.01
@@ -94,3 +96,18 @@ def inverse_sigmoid(probability: Tensor, epsilon: float = 1e-5) -> Tensor:
     """Logit of (...) in [0, 1], finite at both ends."""
     probability = probability.clamp(min=epsilon, max=1 - epsilon)
     return (probability / (1 - probability)).log()
+
+
+def predicate_probabilities(config: SgtrConfig, logits: Tensor) -> Tensor:
+    """Turn logits into the calibrated probabilities (..., P) of the real predicates.
+
+    Args:
+        config: Gives the kind of classification, `score_temperature` and `score_offset`.
+        logits: (..., P + 1) with background first for "softmax", (..., P) for "focal".
+    """
+    scaled = logits / config.score_temperature
+    if config.predicate_classification == "softmax":
+        background, predicates = scaled.split((1, scaled.shape[-1] - 1), dim=-1)
+        scaled = torch.cat((background, predicates + config.score_offset), dim=-1)
+        return scaled.softmax(dim=-1)[..., 1:]
+    return (scaled + config.score_offset).sigmoid()

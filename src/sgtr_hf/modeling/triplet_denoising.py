@@ -12,8 +12,9 @@ from torch.nn.functional import one_hot
 
 from ..configuration.configuration_sgtr import SgtrConfig
 from ..losses.hungarian_matching import PaddedAnnotations
-from .denoising_queries import noise_boxes, noise_labels
+from .denoising_queries import NUMBERS_OF_NOISE, noise_boxes, noise_labels
 from .graph_nodes import EntityNodes, at_nodes
+from .seeded_noise import draw_seeds, seeded_uniform
 
 
 class DenoisingTriplets(NamedTuple):
@@ -49,20 +50,29 @@ class TripletDenoising(nn.Module):
         subjects, objects, _ = annotations.relations.repeat(1, self.num_groups, 1).unbind(-1)
         num_relations = annotations.relations.shape[1]
         groups = torch.arange(self.num_groups, device=subjects.device)
+        seeds = annotations.noise_seeds
+        if seeds is None:
+            seeds = draw_seeds(len(subjects), subjects.device)
+        # Other numbers than those of the detector, which are stream 0.
+        subject_numbers, object_numbers = (
+            seeded_uniform(seeds, self.num_groups, num_relations, NUMBERS_OF_NOISE, stream)
+            for stream in (1, 2)
+        )
         return DenoisingTriplets(
-            subjects=self._noise(annotations, subjects),
-            objects=self._noise(annotations, objects),
+            subjects=self._noise(annotations, subjects, subject_numbers),
+            objects=self._noise(annotations, objects, object_numbers),
             valid=annotations.relation_valid.repeat(1, self.num_groups),
             group=groups.repeat_interleave(num_relations),
         )
 
-    def _noise(self, annotations: PaddedAnnotations, indices: Tensor) -> EntityNodes:
-        labels = noise_labels(
-            annotations.class_labels.gather(1, indices), self.num_classes, self.label_noise
-        )
+    def _noise(
+        self, annotations: PaddedAnnotations, indices: Tensor, numbers: Tensor
+    ) -> EntityNodes:
+        labels = annotations.class_labels.gather(1, indices)
+        labels = noise_labels(labels, self.num_classes, self.label_noise, numbers)
         features = self.class_embedding(labels)
         return EntityNodes(
             features=features,
-            boxes=noise_boxes(at_nodes(annotations.boxes, indices), self.box_noise),
+            boxes=noise_boxes(at_nodes(annotations.boxes, indices), self.box_noise, numbers),
             probabilities=one_hot(labels, self.num_classes).to(features.dtype),
         )

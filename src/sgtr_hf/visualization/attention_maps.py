@@ -17,8 +17,9 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..boxes import box_cxcywh_to_xyxy
 from ..modeling.attention_recording import record_attention
-from ..modeling.modeling_sgtr import SgtrForSceneGraphGeneration, predicate_probabilities
+from ..modeling.modeling_sgtr import SgtrForSceneGraphGeneration
 from ..modeling.modeling_sgtr_detr import SgtrDetrForObjectDetection, entity_probabilities
+from ..modeling.prediction_heads import predicate_probabilities
 
 
 _INCHES = 3.2
