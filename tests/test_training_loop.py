@@ -193,10 +193,12 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(data, tmp_path, 
 
 
 def test_gradient_accumulation_updates_once_in_two_batches(data, tmp_path):
-    # Five batches an epoch: the last update of an epoch has one batch only.
+    # Of five batches an epoch, the last makes no update.
     trainer = train(data, tmp_path, gradient_accumulation_steps=2, epochs=2)
-    assert trainer.progress.updates == trainer.num_updates == 6
+    assert trainer.progress.updates == trainer.num_updates == 4
     assert trainer.progress.epoch == 2
+    with pytest.raises(ValueError, match=r"20 images.*6 batches of 4.*accumulation_steps"):
+        Trainer(make_recipe(data, tmp_path / "few", gradient_accumulation_steps=6))
 
 
 def test_gradient_checkpointing_changes_memory_only(data, tmp_path):
@@ -217,7 +219,7 @@ def test_the_record_tells_how_to_make_the_model_again(data, whole_run):
 
 def test_too_few_images_are_an_error(tmp_path):
     data = write_squares(tmp_path / "data", train=[squares_record(0)])
-    with pytest.raises(ValueError, match=r"1 images.*training\.batch_size"):
+    with pytest.raises(ValueError, match=r"1 images.*batches of 4.*training\.batch_size"):
         Trainer(make_recipe(data, tmp_path / "run"))
 
 

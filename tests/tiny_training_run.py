@@ -1,8 +1,11 @@
 """A data set and a recipe so small that a run takes a second."""
 
+import dataclasses
 import json
 
 import numpy as np
+import torch
+import yaml
 from datasets import Dataset
 from PIL import Image
 
@@ -98,3 +101,41 @@ def losses_by_update(folder):
     steps = [json.loads(line)["step"] for line in text if '"train"' in line]
     assert len(steps) == len(set(steps))
     return {step: line["loss"] for step, line in read_log(folder).items()}
+
+
+def write_recipe(recipe, folder):
+    """Write a recipe file, as the scripts read it."""
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(dataclasses.asdict(recipe)))
+    return path
+
+
+def assert_same_state(checkpoint, other):
+    """Weights, optimizer, schedule, average, progress and random states are equal to the bit."""
+    names = sorted(path.name for path in checkpoint.iterdir())
+    assert names == sorted(path.name for path in other.iterdir())
+    assert (checkpoint / "model.safetensors").read_bytes() == (
+        other / "model.safetensors"
+    ).read_bytes()
+    for name in names:
+        if name.endswith((".bin", ".pkl")):
+            states = [torch.load(path / name, weights_only=False) for path in (checkpoint, other)]
+            _assert_equal(*states, name)
+
+
+def _assert_equal(value, other, place):
+    assert type(value) is type(other), place
+    if isinstance(value, dict):
+        assert value.keys() == other.keys(), place
+        for name in value.keys() - {"seconds"}:
+            _assert_equal(value[name], other[name], f"{place}.{name}")
+    elif isinstance(value, list | tuple):
+        assert len(value) == len(other), place
+        for index, pair in enumerate(zip(value, other, strict=True)):
+            _assert_equal(*pair, f"{place}[{index}]")
+    elif isinstance(value, torch.Tensor):
+        assert torch.equal(value, other), place
+    elif isinstance(value, np.ndarray):
+        assert np.array_equal(value, other), place
+    else:
+        assert value == other, place

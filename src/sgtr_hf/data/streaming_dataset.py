@@ -4,7 +4,7 @@ import itertools
 import logging
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 from datasets.distributed import split_dataset_by_node
@@ -16,6 +16,7 @@ from .training_augmentation import Augmentation
 from .training_dataset import (
     ANNOTATION_COLUMNS,
     TrainingImage,
+    UnreadablePictureError,
     annotation_of,
     check_annotations,
     make_training_image,
@@ -41,6 +42,8 @@ class SceneGraphStream(IterableDataset[TrainingImage]):
 
     Attributes:
         epoch: Decides augmentation and order; set it before each pass.
+        on_error: "drop" passes an image over whose picture cannot be read, and says so in the log;
+            "raise" stops.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class SceneGraphStream(IterableDataset[TrainingImage]):
         self.augmentation = augmentation and augmentation.for_predicates(self.id2predicate)
         self.seed = seed
         self.epoch = 0
+        self.on_error: Literal["raise", "drop"] = "raise"
         self._annotations = stream if annotations is None else annotations
         self._is_shuffled = shuffle_buffer > 0
         encoded = stream.decode(False)
@@ -154,7 +158,15 @@ class SceneGraphStream(IterableDataset[TrainingImage]):
         for record in self._stream:
             # Python's own hash of a text differs between processes.
             seed = (self.seed, self.epoch, zlib.crc32(record["image_id"].encode()))
-            yield make_training_image(record, annotation_of(record), names, self.augmentation, seed)
+            annotation = annotation_of(record)
+            try:
+                image = make_training_image(record, annotation, names, self.augmentation, seed)
+            except UnreadablePictureError as error:
+                if self.on_error == "raise":
+                    raise
+                logger.warning("%s It is passed over.", error)
+                continue
+            yield image
 
     def _share_of_worker(self, num_batches: int, batch_size: int) -> int:
         """Images of this worker in an epoch; a loader takes a batch of each worker in turn."""

@@ -1,15 +1,17 @@
 """Annotated images for training and evaluation, from any data set of the one schema."""
 
+import logging
 import signal
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import datasets
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import BaseImageProcessor
 
@@ -21,11 +23,15 @@ from .schema import vocabularies
 from .training_augmentation import Annotation, Augmentation, augment
 
 
+logger = logging.getLogger(__name__)
+
 # What is known of an image without opening it.
 ANNOTATION_COLUMNS = ("image_id", "width", "height", "objects", "relations")
 _PICTURE = datasets.Image()
 # Sets the random numbers that choose relations apart from those of the augmentation.
 _OF_RELATIONS = 1
+# Likewise those of denoising.
+_OF_NOISE = 2
 
 
 class TrainingImage(NamedTuple):
@@ -39,6 +45,8 @@ class TrainingImage(NamedTuple):
     """Of classes and predicates."""
     is_resized: bool = False
     """Whether the image has the size that the model shall see."""
+    noise_seed: int | None = None
+    """Of the noise of its denoising queries, in training."""
 
     @property
     def annotation(self) -> dict[str, Any]:
@@ -60,6 +68,10 @@ class TrainingImage(NamedTuple):
         return reference_graph(self.known, (self.image.height, self.image.width), self.names)
 
 
+class UnreadablePictureError(ValueError):
+    """A picture cannot be decoded, or is another one than its record says."""
+
+
 class SceneGraphDataset(Dataset[TrainingImage]):
     """A split of annotated images.
 
@@ -71,6 +83,8 @@ class SceneGraphDataset(Dataset[TrainingImage]):
         augmentation: None for evaluation.
         seed: Of augmentation and resampling.
         resampling: How often images come in an epoch; each once if None.
+        on_error: "drop" puts the next image in the place of one whose picture cannot be read, and
+            says so in the log; "raise" stops.
 
     Attributes:
         epoch: Decides augmentation and resampling; set it before each pass.
@@ -82,9 +96,11 @@ class SceneGraphDataset(Dataset[TrainingImage]):
         augmentation: Augmentation | None = None,
         seed: int = 0,
         resampling: ResamplingSettings | None = None,
+        on_error: Literal["raise", "drop"] = "raise",
     ) -> None:
         self.id2label, self.id2predicate = vocabularies(split.features)
         self.split = split
+        self.on_error = on_error
         self.augmentation = augmentation and augmentation.for_predicates(self.id2predicate)
         self.seed = seed
         self.epoch = 0
@@ -101,6 +117,16 @@ class SceneGraphDataset(Dataset[TrainingImage]):
         return len(self.split) if self.resampling is None else self.resampling.num_rows
 
     def __getitem__(self, index: int) -> TrainingImage:
+        if self.on_error == "raise":
+            return self._read(index)
+        for place in range(index, index + len(self)):
+            try:
+                return self._read(place % len(self))
+            except UnreadablePictureError as error:
+                logger.warning("%s The next image takes its place.", error)
+        raise ValueError("None of the pictures can be read.")
+
+    def _read(self, index: int) -> TrainingImage:
         record = self._encoded[self._row(index)].to_pylist()[0]
         annotation = annotation_of(record)
         if self.resampling is not None:
@@ -165,7 +191,8 @@ def make_training_image(
         seed: Of the changes of this image in this epoch.
 
     Raises:
-        ValueError: If the picture cannot be read, or has another size than the record says.
+        UnreadablePictureError: If the picture cannot be read, or has another size than the record
+            says.
     """
     image = _decode(record)
     if augmentation is None:
@@ -175,7 +202,14 @@ def make_training_image(
         image.convert("RGB"), annotation, augmentation, np.random.default_rng(seed)
     )
     is_resized = bool(augmentation.resize_sides)
-    return TrainingImage(image, record["image_id"], annotation, names, is_resized)
+    return TrainingImage(
+        image, record["image_id"], annotation, names, is_resized, seed_of_noise(seed)
+    )
+
+
+def seed_of_noise(seed: tuple[int, ...]) -> int:
+    """Return a seed for the noise of an image: of its augmentation's seed, but other numbers."""
+    return int(np.random.SeedSequence((*seed, _OF_NOISE)).generate_state(1)[0])
 
 
 def reference_graph(
@@ -226,8 +260,7 @@ class Collator:
         batch: dict[str, Any] = {
             "pixel_values": features["pixel_values"],
             "labels": [
-                {name: label[name] for name in ("class_labels", "boxes", "relations")}
-                for label in features["labels"]
+                _label(item, label) for item, label in zip(items, features["labels"], strict=True)
             ],
         }
         if self.with_references:
@@ -236,6 +269,15 @@ class Collator:
         if any(label["size"].tolist() != size for label in features["labels"]):
             batch["pixel_mask"] = features["pixel_mask"]
         return batch
+
+
+def _label(item: TrainingImage, made: dict[str, Tensor]) -> dict[str, Tensor | str]:
+    """What the losses need of the processor's label, and what errors call the image by."""
+    label: dict[str, Tensor | str] = {"image_id": item.image_id}
+    label |= {name: made[name] for name in ("class_labels", "boxes", "relations")}
+    if item.noise_seed is not None:
+        label["noise_seed"] = torch.tensor(item.noise_seed)
+    return label
 
 
 def load_split(path: str | Path, split: str) -> datasets.Dataset:
@@ -248,7 +290,7 @@ def load_split(path: str | Path, split: str) -> datasets.Dataset:
         rows: datasets.Dataset = open_split(path, split)
     except ValueError as error:
         raise ValueError(
-            f"`data.path` {error} Make tabletop data with `sgtr-hf make-tabletop`."
+            f"`data.path`: {error} Make tabletop data with `sgtr-hf make-tabletop`."
         ) from error
     return rows
 
@@ -294,12 +336,12 @@ def _decode(record: dict[str, Any]) -> Image.Image:
     try:
         image: Image.Image = _PICTURE.decode_example(record["image"])
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(
+        raise UnreadablePictureError(
             f"Image {record['image_id']}: the picture cannot be read: {error}. Find all such with "
             "`sgtr-hf validate`."
         ) from error
     if image.size != (record["width"], record["height"]):
-        raise ValueError(
+        raise UnreadablePictureError(
             f"Image {record['image_id']}: `width` and `height` are {record['width']} and "
             f"{record['height']}, but the picture has {image.width} x {image.height} pixels. Find "
             "all such with `sgtr-hf validate`."

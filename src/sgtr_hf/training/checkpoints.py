@@ -1,11 +1,24 @@
 """Checkpoints that survive an interruption and go on exactly where they stopped."""
 
+import json
+import logging
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedModel
+
+
+logger = logging.getLogger(__name__)
+
+# Names the files of a checkpoint and their sizes; written last.
+_MANIFEST = "checkpoint.json"
 
 
 class Progress:
@@ -17,6 +30,7 @@ class Progress:
         updates: Updates done.
         seconds: Wall time.
         best: Best figure of the validation split so far.
+        evaluations_since_best: Evaluations after that one.
     """
 
     def __init__(self) -> None:
@@ -25,6 +39,7 @@ class Progress:
         self.updates = 0
         self.seconds = 0.0
         self.best: float | None = None
+        self.evaluations_since_best = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Return the numbers."""
@@ -38,66 +53,169 @@ class Progress:
 def save_checkpoint(accelerator: Accelerator, folder: Path, updates: int, keep: int) -> Path:
     """Save the state of everything prepared, and delete old checkpoints.
 
-    The checkpoint is complete as soon as its name exists.
+    The checkpoint is complete, and on the disk, as soon as its name exists.
 
     Args:
         accelerator: Knows model, optimizer, schedule and what was registered.
-        folder: Holds the run's checkpoints.
+        folder: Holds the run's checkpoints; all processes see the same.
         updates: Made so far; names the checkpoint.
         keep: How many stay.
+
+    Raises:
+        OSError: If the disk is full, say. Earlier checkpoints stay as they are.
     """
     target = folder / f"checkpoint-{updates:08d}"
-    if target.exists():
+    if target.exists() and find_damage(target) is None:
         # Of the same update, hence the same.
         return target
     unfinished = folder / "checkpoint.unfinished"
     if accelerator.is_main_process:
         shutil.rmtree(unfinished, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(unfinished))
+    with _explained_errors(unfinished, updates):
+        accelerator.save_state(str(unfinished))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        unfinished.rename(target)
-        for old in list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+        with _explained_errors(unfinished, updates):
+            _seal(unfinished)
+            shutil.rmtree(target, ignore_errors=True)
+            _rename(unfinished, target)
+        _delete_old(folder, keep)
     accelerator.wait_for_everyone()
     return target
 
 
-def save_model(model: PreTrainedModel, image_processor: Any, folder: Path) -> None:
-    """Save a model with its image processor; a former one stays until the new one is complete."""
+def save_model(
+    model: PreTrainedModel,
+    image_processor: Any,
+    folder: Path,
+    state: dict[str, Tensor] | None = None,
+) -> None:
+    """Save a model with its image processor; a former one stays until the new one is complete.
+
+    Args:
+        model: Its configuration and, without a state, its weights are saved.
+        image_processor: Saved beside it.
+        folder: Where to.
+        state: Weights that were gathered from several processes.
+    """
     unfinished = folder.with_name(f"{folder.name}.unfinished")
+    former = folder.with_name(f"{folder.name}.former")
     shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
+    model.save_pretrained(unfinished, **({} if state is None else {"state_dict": state}))
     image_processor.save_pretrained(unfinished)
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
+    _sync_all(unfinished)
+    shutil.rmtree(former, ignore_errors=True)
+    if folder.exists():
+        folder.rename(former)
+    _rename(unfinished, folder)
+    shutil.rmtree(former, ignore_errors=True)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the complete checkpoints of a run, oldest first."""
+    """Return the checkpoints of a run, oldest first."""
     return sorted(folder.glob("checkpoint-????????"))
 
 
 def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
     """Resolve the recipe's `training.resume`.
 
+    A damaged checkpoint is passed over for an older one, which the log says.
+
     Raises:
-        ValueError: If a path was given that is no checkpoint, or a new run would mix with another.
+        ValueError: If a path was given that is no checkpoint, a new run would mix with another, or
+            there are checkpoints and all are damaged.
     """
+    found = list_checkpoints(folder)
     if resume is None:
-        if list_checkpoints(folder):
+        if found:
             raise ValueError(
                 f"`training.output_dir` {folder} holds checkpoints of another run; name a new "
                 "folder, or go on with `training.resume=auto`."
             )
         return None
-    if resume == "auto":
-        return next(reversed(list_checkpoints(folder)), None)
-    path = Path(resume)
-    if not (path / "optimizer.bin").is_file():
+    if resume != "auto":
+        damage = find_damage(Path(resume))
+        if damage is not None:
+            raise ValueError(
+                f"`training.resume` {resume} is not a complete checkpoint of a run: {damage}. Name "
+                'a folder checkpoint-..., or use "auto".'
+            )
+        return Path(resume)
+    for path in reversed(found):
+        damage = find_damage(path)
+        if damage is None:
+            return path
+        logger.warning("The checkpoint %s is passed over: %s.", path, damage)
+    if found:
         raise ValueError(
-            f"`training.resume` {resume} is not a checkpoint of a run; name a folder "
-            'checkpoint-..., or use "auto".'
+            f"All checkpoints in {folder} are damaged; delete them to begin the run anew."
         )
-    return path
+    return None
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """Say which file of a checkpoint is missing or cut off; None if all are complete."""
+    try:
+        sizes = json.loads((checkpoint / _MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError):
+        return f"{_MANIFEST} is missing or cannot be read"
+    for name, size in sizes.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    return None
+
+
+@contextmanager
+def _explained_errors(unfinished: Path, updates: int) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch and safetensors have errors of their own for a disk that is full.
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise OSError(
+            f"The checkpoint of update {updates} could not be written to {unfinished.parent}: "
+            f"{error}. Free some space; the same command goes on from the newest complete one."
+        ) from error
+
+
+def _seal(folder: Path) -> None:
+    """Write down what is complete, and bring it to the disk."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    (folder / _MANIFEST).write_text(json.dumps({"files": sizes}, indent=2) + "\n")
+    _sync_all(folder)
+
+
+def _delete_old(folder: Path, keep: int) -> None:
+    found = list_checkpoints(folder)
+    complete = [path for path in found if find_damage(path) is None]
+    for path in found:
+        if path not in complete[-keep:]:
+            shutil.rmtree(path)
+
+
+def _rename(source: Path, target: Path) -> None:
+    source.rename(target)
+    # Or a power failure could undo it.
+    _sync(target.parent)
+
+
+def _sync_all(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if os.name == "nt" and path.is_dir():
+        # Windows opens no folders.
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

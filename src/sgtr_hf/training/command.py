@@ -2,15 +2,20 @@
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Callable
 
 from accelerate import Accelerator
 
+from .interruption import TrainingStopped
 from .loop import Trainer
 from .recipe import Recipe, load_recipe
 from .tasks.task_choice import make_task
 from .tasks.training_task import TrainingTask
+
+
+logger = logging.getLogger(__name__)
 
 
 def run_recipe(
@@ -19,6 +24,8 @@ def run_recipe(
     open_task: Callable[[Recipe, Accelerator], TrainingTask] = make_task,
 ) -> None:
     """Parse the command line, and train; a mistake of the user ends it with a line that says so.
+
+    SIGTERM saves a checkpoint and ends with exit code 0, Ctrl-C likewise with 130.
 
     Args:
         description: Of the script.
@@ -42,5 +49,7 @@ def run_recipe(
         Trainer(recipe, open_task).run()
     except (ValueError, ArithmeticError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt as interruption:
-        sys.exit(str(interruption))
+    except TrainingStopped as stop:
+        logger.info("%s", stop)
+        # A scheduler that takes the machine away sees a run that ended well, a shell sees Ctrl-C.
+        sys.exit(0 if stop.signal == signal.SIGTERM else 128 + stop.signal)

@@ -17,7 +17,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from ..data.training_dataset import Collator, SceneGraphDataset, prepare_worker
+from ..data.training_dataset import (
+    Collator,
+    SceneGraphDataset,
+    prepare_worker,
+    seed_of_noise,
+)
 from ..modeling.modeling_sgtr import SgtrForSceneGraphGeneration
 
 
@@ -58,7 +63,12 @@ class CachedDetectorDataset(Dataset[CachedImage]):
             name: torch.from_numpy(array[row].astype(np.float32))
             for name, array in self._shares[rank].items()
         }
-        return {"features": features | self._shared, "labels": labels[row]}
+        # The noise of an image is another one in each epoch, though its features are not.
+        seed = torch.tensor(seed_of_noise((self.dataset.seed, self.epoch, index)))
+        return {
+            "features": features | self._shared,
+            "labels": labels[row] | {"noise_seed": seed},
+        }
 
     def prepare(
         self,
@@ -132,7 +142,10 @@ class CachedDetectorDataset(Dataset[CachedImage]):
                     array[len(labels) : end] = features[name].cpu().numpy()
                 # Copies: tensors of a loader's worker hold a file descriptor each.
                 labels += [
-                    {name: tensor.clone() for name, tensor in label.items()}
+                    {
+                        name: value.clone() if isinstance(value, Tensor) else value
+                        for name, value in label.items()
+                    }
                     for label in batch["labels"]
                 ]
         torch.save(labels, self.folder / f"labels-{rank}.pt")

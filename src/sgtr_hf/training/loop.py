@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,19 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..visualization.training_curves import draw_training_curves
 from .checkpoints import Progress, find_checkpoint, save_checkpoint, save_model
-from .interruption import Interruption
+from .interruption import Interruption, TrainingStopped
+from .progress_bar import ProgressBar
 from .recipe import Recipe
 from .run_log import LossMeter, RunLog
 from .run_record import describe_run
+from .sharding import gather_weights, prepare_sharding
 from .tasks.task_choice import make_task
 from .tasks.training_task import RunLength, TrainingTask
+from .trackers import check_trackers, start_trackers
 
 
 logger = logging.getLogger(__name__)
@@ -48,13 +51,17 @@ class Trainer:
         self.recipe, self.settings = recipe, recipe.training
         if self.settings.num_threads is not None:
             torch.set_num_threads(self.settings.num_threads)
+        check_trackers(self.settings.trackers)
         self.accelerator = Accelerator(
             gradient_accumulation_steps=self.settings.gradient_accumulation_steps,
             mixed_precision=self.settings.mixed_precision,
+            log_with=list(self.settings.trackers) or None,
+            project_dir=self.settings.output_dir,
             dataloader_config=DataLoaderConfiguration(
                 use_seedable_sampler=True, data_seed=self.settings.seed
             ),
         )
+        prepare_sharding(self.accelerator, self.settings)
         # Each process draws its own noise, the weights start the same (DDP broadcasts them).
         set_seed(self.settings.seed, device_specific=True)
         # Of the code that runs, whatever is committed meanwhile.
@@ -66,7 +73,11 @@ class Trainer:
         self.meter = LossMeter()
         self._prepare()
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        self.log = RunLog(self.output_dir / "log.jsonl", enabled=self.accelerator.is_main_process)
+        self.log = RunLog(
+            self.output_dir / "log.jsonl",
+            enabled=self.accelerator.is_main_process,
+            track=self.accelerator.log,
+        )
 
     def _prepare(self) -> None:
         model = self.task.make_model()
@@ -80,14 +91,21 @@ class Trainer:
             self.accelerator.register_for_checkpointing(self.average)
         optimizer = self.task.make_optimizer(model)
         self.loader = self.task.training_loader(model)
+        if self.settings.compile_backend is not None:
+            # In place, so that names of weights and the saved model stay as they are.
+            model.compile(backend=self.settings.compile_backend)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        if len(self.loader) == 0:
+        # As a batch that is not full, a group of batches that is not is dropped: an update is of
+        # the same images however they are divided among processes and batches.
+        self.updates_per_epoch = len(self.loader) // self.settings.gradient_accumulation_steps
+        if self.updates_per_epoch == 0:
             raise ValueError(
-                f"The training split has {self.task.num_images} images, too few for a "
-                f"batch of {self.settings.batch_size} on each of "
-                f"{self.accelerator.num_processes} processes; lower `training.batch_size`."
+                f"The training split has {self.task.num_images} images, too few for "
+                f"{self.settings.gradient_accumulation_steps} batches of "
+                f"{self.settings.batch_size} on each of {self.accelerator.num_processes} "
+                "processes; lower `training.batch_size` or "
+                "`training.gradient_accumulation_steps`."
             )
-        self.updates_per_epoch = -(-len(self.loader) // self.settings.gradient_accumulation_steps)
         self.num_updates = self.settings.max_steps or self.updates_per_epoch * (
             self.settings.epochs or 0
         )
@@ -104,7 +122,8 @@ class Trainer:
 
         Raises:
             FloatingPointError: If loss or gradient is not finite.
-            KeyboardInterrupt: After a signal, once the checkpoint is saved.
+            TrainingStopped: After a signal, once the checkpoint is saved.
+            OSError: If a checkpoint cannot be written.
         """
         self._begin()
         figures: dict[str, Any] = {}
@@ -113,16 +132,16 @@ class Trainer:
                 # The checkpoint was saved before the evaluation, which may not have ended.
                 figures = self._evaluate()
             for _ in self._updates():
-                if interruption.is_requested():
+                number = interruption.requested()
+                if number is not None:
                     self._save_checkpoint()
-                    raise KeyboardInterrupt(
-                        f"Stopped after update {self.progress.updates}; the same command resumes."
-                    )
+                    raise TrainingStopped(self.progress.updates, number)
                 if self._is_due(self.settings.checkpoint_every):
                     self._save_checkpoint()
                 if self._is_due(self.settings.evaluate_every):
                     figures = self._evaluate()
         self._finish(figures)
+        self.accelerator.end_training()
         return figures
 
     def _begin(self) -> None:
@@ -130,6 +149,10 @@ class Trainer:
             self.accelerator.load_state(str(self.checkpoint))
             logger.info("Resumed from %s.", self.checkpoint)
         self.log.rewind(self.progress.updates, self.progress.seconds)
+        start_trackers(self.accelerator, self.recipe)
+        self.bar = ProgressBar(
+            self.num_updates, self.progress.updates, enabled=self.accelerator.is_main_process
+        )
         if self.accelerator.is_main_process:
             recipe = yaml.safe_dump(dataclasses.asdict(self.recipe), sort_keys=False)
             (self.output_dir / "recipe.yaml").write_text(recipe)
@@ -142,48 +165,54 @@ class Trainer:
     def _updates(self) -> Iterator[None]:
         """Train, and give way after each update."""
         progress = self.progress
-        while progress.updates < self.num_updates:
+        batches_per_epoch = self.updates_per_epoch * self.settings.gradient_accumulation_steps
+        while progress.updates < self.num_updates and not self._is_patience_over():
             self.task.train_images.epoch = progress.epoch
-            for batch in self._batches():
-                self._step(batch)
-                progress.batches += 1
-                if not self.accelerator.sync_gradients:
-                    continue
+            for batches in self._groups_of_batches():
+                self._update(batches)
                 progress.updates += 1
-                if progress.batches == len(self.loader):
+                progress.batches += len(batches)
+                if progress.batches == batches_per_epoch:
                     progress.epoch, progress.batches = progress.epoch + 1, 0
                 self._after_update()
                 yield
                 self.meter.start_clock()
-                if progress.updates == self.num_updates:
+                if progress.updates == self.num_updates or self._is_patience_over():
                     break
+        self.bar.close()
 
-    def _batches(self) -> Iterator[dict[str, Any]]:
-        """The batches of the epoch that are still to come."""
+    def _groups_of_batches(self) -> Iterator[list[dict[str, Any]]]:
+        """What is left of the epoch, as much as an update takes at a time."""
         self.loader.set_epoch(self.progress.epoch)
-        loader, done = self.loader, self.progress.batches
-        if done:
-            loader = self.accelerator.skip_first_batches(loader, done)
-        yield from tqdm(
-            loader,
-            initial=done,
-            total=len(self.loader),
-            desc=f"epoch {self.progress.epoch + 1}",
-            disable=not self.accelerator.is_local_main_process,
-        )
+        loader = self.loader
+        if self.progress.batches:
+            loader = self.accelerator.skip_first_batches(loader, self.progress.batches)
+        batches: list[dict[str, Any]] = []
+        for batch in loader:
+            batches.append(batch)
+            if len(batches) == self.settings.gradient_accumulation_steps:
+                yield batches
+                batches = []
 
-    def _step(self, batch: dict[str, Any]) -> None:
+    def _update(self, batches: list[dict[str, Any]]) -> None:
         self.model.train()
-        with self.accelerator.accumulate(self.model):
-            losses = self.task.compute_losses(self.model, batch, self.progress)
-            self._check_finite(losses["loss"], losses)
-            self.accelerator.backward(losses["loss"])
-            if self.accelerator.sync_gradients:
+        shared = self.task.prepare_update(self.accelerator.unwrap_model(self.model), batches)
+        for number, batch in enumerate(batches, start=1):
+            is_last = number == len(batches)
+            # The optimizer of accelerate moves only then, and processes exchange gradients.
+            self.accelerator.sync_gradients = is_last
+            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+                losses = self.task.compute_losses(self.model, batch | shared, self.progress)
+                self._check_finite(losses["loss"], losses, batches)
+                self.accelerator.backward(losses["loss"])
+            if is_last:
                 losses["gradient_norm"] = self.task.clip_gradients(self.model, self.progress)
-                self._check_finite(losses["gradient_norm"], losses)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        self.meter.add(losses, self.task.count_images(batch))
+                # With a scaled loss, the scaler leaves the update out and lowers the scale.
+                if self.accelerator.scaler is None:
+                    self._check_finite(losses["gradient_norm"], losses, batches)
+            self.meter.add(losses, self.task.count_images(batch))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def _after_update(self) -> None:
         rate = self.schedule.get_last_lr()[-1]
@@ -192,22 +221,39 @@ class Trainer:
         values = self.task.after_update(model, self.progress)
         if self.average is not None:
             self.average.update_parameters(model)
+        self.bar.advance(self.progress.epoch)
         if self.progress.updates % self.settings.log_every == 0:
-            line = {**self.meter.summarize(), "learning_rate": float(rate), **values}
+            line: dict[str, float] = {
+                **self.meter.summarize(),
+                "learning_rate": float(rate),
+                **values,
+            }
             self.log.write("train", self.progress.updates, self._epoch(), line)
+            self.bar.show(line)
 
     def _epoch(self) -> float:
-        return self.progress.epoch + self.progress.batches / len(self.loader)
+        batches = self.updates_per_epoch * self.settings.gradient_accumulation_steps
+        return self.progress.epoch + self.progress.batches / batches
 
-    def _check_finite(self, value: Tensor, losses: dict[str, Tensor]) -> None:
+    def _check_finite(
+        self, value: Tensor, losses: dict[str, Tensor], batches: list[dict[str, Any]]
+    ) -> None:
         """Stop before weights, moments and checkpoints are spoilt."""
-        if not torch.isfinite(value):
-            entries = ", ".join(f"{name} {loss.item():.3g}" for name, loss in losses.items())
-            raise FloatingPointError(
-                f"Loss or gradient is not finite after update {self.progress.updates} ({entries}). "
-                "Lower `training.learning_rate` or `training.gradient_clip_norm`, check the data, "
-                "or use `training.mixed_precision=no`; the last checkpoint is as it was."
-            )
+        if torch.isfinite(value):
+            return
+        entries = ", ".join(f"{name} {loss.item():.3g}" for name, loss in losses.items())
+        images = [name for batch in batches for name in self.task.image_ids(batch)]
+        raise FloatingPointError(
+            f"Loss or gradient is not finite after update {self.progress.updates} ({entries}), "
+            f"with the images {', '.join(images) or 'without names'} on process "
+            f"{self.accelerator.process_index}. "
+            "Lower `training.learning_rate` or `training.gradient_clip_norm`, check the images, "
+            "or use `training.mixed_precision=no`; the last checkpoint is as it was."
+        )
+
+    def _is_patience_over(self) -> bool:
+        patience = self.settings.patience
+        return patience is not None and self.progress.evaluations_since_best >= patience
 
     def _evaluated_model(self) -> PreTrainedModel:
         """The moving average where there is one: it is evaluated and saved."""
@@ -222,16 +268,26 @@ class Trainer:
             self.log.write("validation", self.progress.updates, self._epoch(), flat)
             logger.info("Update %d: %s", self.progress.updates, flat)
             draw_training_curves(self.log.path, self.output_dir / "curves.png")
-        self._keep_best(figures[self.task.best_figure])
+        name = self.settings.best_figure or self.task.best_figure
+        if name not in figures:
+            known = ", ".join(key for key in figures if key != "details")
+            raise ValueError(f"`training.best_figure` must be one of {known}, got {name!r}.")
+        self._keep_best(figures[name])
         return figures
 
     def _keep_best(self, figure: float | None) -> None:
         best = self.progress.best
         if figure is None or (best is not None and figure <= best):
+            self.progress.evaluations_since_best += 1
             return
-        self.progress.best = figure
+        self.progress.best, self.progress.evaluations_since_best = figure, 0
+        self._save_model(self.output_dir / "best")
+
+    def _save_model(self, folder: Path) -> None:
+        """Save what is evaluated; every process must call it, for each may hold a part of it."""
+        state = gather_weights(self.accelerator, self.model)
         if self.accelerator.is_main_process:
-            save_model(self._evaluated_model(), self.task.image_processor, self.output_dir / "best")
+            save_model(self._evaluated_model(), self.task.image_processor, folder, state)
 
     def _save_checkpoint(self) -> None:
         self.progress.seconds = self.log.seconds
@@ -245,9 +301,9 @@ class Trainer:
     def _finish(self, figures: dict[str, Any]) -> None:
         """Write the model as safetensors, its image processor, and how it came about."""
         self.accelerator.wait_for_everyone()
+        self._save_model(self.output_dir / "final")
         if not self.accelerator.is_main_process:
             return
-        save_model(self._evaluated_model(), self.task.image_processor, self.output_dir / "final")
         batch_size = self.settings.batch_size * self.settings.gradient_accumulation_steps
         record = {
             "figures": figures,

@@ -27,6 +27,20 @@ def make_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.
     )
 
 
+def clip_each_gradient(model: nn.Module, limit: float) -> None:
+    """Scale every gradient whose norm is larger down to the limit, each on its own (as DINO does).
+
+    Args:
+        model: Its gradients are changed in place.
+        limit: Above 0.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm(gradients))
+    # As `clip_grad_norm_` of torch, which adds as much to the norm.
+    factors = (limit / (norms + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(gradients, list(factors.unbind()))
+
+
 def make_schedule(
     optimizer: torch.optim.Optimizer, settings: TrainingSettings, num_updates: int
 ) -> LambdaLR:

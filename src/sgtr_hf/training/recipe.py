@@ -35,6 +35,9 @@ class DataSettings:
         relation_drop_rate: How strongly frequent predicates are left out of repeated images.
         streaming: Read the training split shard by shard, each process and worker its own.
         shuffle_buffer: Images among which a streaming worker chooses the next one.
+        on_error: What follows a training picture that cannot be read: "raise" stops the run, "drop"
+            takes the next image and says so in the log. Validation always stops, or its figures
+            would be of other images each time.
     """
 
     path: str
@@ -52,6 +55,7 @@ class DataSettings:
     relation_drop_rate: float = 0.0
     streaming: bool = False
     shuffle_buffer: int = 1000
+    on_error: Literal["raise", "drop"] = "raise"
 
     def __post_init__(self) -> None:
         for name in ("flip_probability", "brightness", "crop_probability", "saturation",
@@ -88,23 +92,33 @@ class TrainingSettings:
         max_steps: Updates of the whole run.
         seed: Of weights, order, augmentation and denoising.
         batch_size: Images a process and step.
-        gradient_accumulation_steps: Steps whose gradients are added before an update.
+        gradient_accumulation_steps: Batches whose gradients are averaged for an update. Batches
+            that are left over at the end of an epoch are dropped, as images are that make no batch.
         learning_rate: Of everything but the backbone.
         backbone_learning_rate: Of the backbone's trainable part.
         weight_decay: Of matrices; norms, biases and embeddings have none.
         warmup_steps: Updates over which the rates rise from 0.
         schedule: How they fall: "cosine" to 0, "step" by 10 after 80 % of the run, or not at all.
         gradient_clip_norm: Largest norm of all gradients together; 0 does not clip.
+        gradient_clip_norm_per_tensor: Largest norm of the gradient of each parameter, after that; 0
+            does not clip.
         ema_decay: Decay of the moving average of weights that is evaluated and saved; 0 for none.
         mixed_precision: "bf16" computes products in bfloat16, which pays on processors with units
-            for it.
+            for it; "fp16" in half precision with a scaled loss, on GPUs alone.
         gradient_checkpointing: Trade time for memory.
+        compile_backend: Compiles the model by `torch.compile`; null does not. "eager" and
+            "aot_eager" are for finding faults.
         num_threads: Threads of torch; its own choice if null.
         evaluate_every: Epochs between evaluations; 0.25 evaluates four times an epoch.
         checkpoint_every: Epochs between checkpoints, likewise.
         keep_checkpoints: Checkpoints that stay, besides the best model.
+        best_figure: Name of the validation figure by which the best model is kept, as the log has
+            it; null leaves it to the task.
+        patience: The run ends after so many evaluations in a row without a better figure; null
+            never ends it before its time.
         resume: "auto" goes on from the newest checkpoint in `output_dir`; or its path; or null.
         log_every: Updates between lines of the log.
+        trackers: Services that get the lines of the log too.
         cached_epochs: Epochs whose detector outputs are computed once, kept in `output_dir` and
             seen again later, in half precision; 0 for none. Needs a frozen detector.
     """
@@ -121,15 +135,20 @@ class TrainingSettings:
     warmup_steps: int = 100
     schedule: Literal["cosine", "step", "constant"] = "cosine"
     gradient_clip_norm: float = 0.1
+    gradient_clip_norm_per_tensor: float = 0.0
     ema_decay: float = 0.0
-    mixed_precision: Literal["no", "bf16"] = "no"
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = False
+    compile_backend: Literal["inductor", "aot_eager", "eager"] | None = None
     num_threads: int | None = None
     evaluate_every: float = 1.0
     checkpoint_every: float = 1.0
     keep_checkpoints: int = 2
+    best_figure: str | None = None
+    patience: int | None = None
     resume: str | None = "auto"
     log_every: int = 20
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
     cached_epochs: int = 0
 
     def __post_init__(self) -> None:
@@ -138,7 +157,9 @@ class TrainingSettings:
                 "Give either `training.epochs` or `training.max_steps`, the other null; got "
                 f"{self.epochs} and {self.max_steps}."
             )
-        for name in ("epochs", "max_steps", "num_threads", "batch_size", "log_every"):
+        for name in (
+            "epochs", "max_steps", "num_threads", "batch_size", "log_every", "patience",
+        ):  # fmt: skip
             if getattr(self, name) is not None:
                 _check_range(f"training.{name}", getattr(self, name), 1)
         for name in ("gradient_accumulation_steps", "keep_checkpoints"):
@@ -153,7 +174,8 @@ class TrainingSettings:
             "cached_epochs",
         ):
             _check_range(f"training.{name}", getattr(self, name), 0)
-        _check_range("training.gradient_clip_norm", self.gradient_clip_norm, 0)
+        for name in ("gradient_clip_norm", "gradient_clip_norm_per_tensor"):
+            _check_range(f"training.{name}", getattr(self, name), 0)
         # With 1 the average would never move.
         _check_range("training.ema_decay", self.ema_decay, 0, 0.999999)
 
@@ -168,7 +190,8 @@ class Recipe:
         training: How the model is optimised.
         model: Fields of the task's configuration; names of classes come from the data.
         image_processor: Arguments of `SgtrImageProcessor`.
-        backbone_weights: Weights that the backbone starts from; null for random ones.
+        backbone_weights: Weights that the backbone starts from: "efficientnet_lite0", or the folder
+            or Hub id of a model with such a backbone; null for random ones.
         detector: Folder or Hub id of the detector that a scene graph model starts from; its image
             processor serves unless the recipe has one.
         pretrained_model: Folder or Hub id of a model of this task that the run starts from, with
@@ -181,7 +204,7 @@ class Recipe:
     training: TrainingSettings
     model: dict[str, Any] = field(default_factory=dict)
     image_processor: dict[str, Any] = field(default_factory=dict)
-    backbone_weights: Literal["efficientnet_lite0"] | None = None
+    backbone_weights: str | None = None
     detector: str | None = None
     pretrained_model: str | None = None
 

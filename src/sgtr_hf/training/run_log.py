@@ -3,7 +3,7 @@
 import json
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,19 @@ class RunLog:
     Args:
         path: The file.
         enabled: False in all processes but one.
+        track: Takes values and step of each line too, as `Accelerator.log` does.
     """
 
-    def __init__(self, path: Path, *, enabled: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        enabled: bool,
+        track: Callable[..., object] | None = None,
+    ) -> None:
         self.path = path
         self.enabled = enabled
+        self._track = track
         self._start = time.monotonic()
 
     @property
@@ -65,6 +73,12 @@ class RunLog:
         }
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
+        if self._track is not None:
+            # A figure that is not defined, such as a recall without annotations, is None.
+            numbers = {
+                f"{split}/{name}": value for name, value in values.items() if value is not None
+            }
+            self._track(numbers, step)
 
 
 class LossMeter:

@@ -20,7 +20,7 @@ from ..data.training_dataset import SceneGraphDataset
 from ..image_processing.image_processing_sgtr import SgtrImageProcessor
 from ..modeling.modeling_sgtr import SgtrForSceneGraphGeneration
 from ..modeling.modeling_sgtr_detr import SgtrDetrForObjectDetection
-from .backbone_weights import load_efficientnet_lite0_weights
+from .backbone_weights import load_backbone_weights, load_efficientnet_lite0_weights
 from .recipe import DataSettings, Recipe
 
 
@@ -42,6 +42,7 @@ def make_splits(settings: DataSettings, seed: int) -> Splits:
             different classes or predicates.
     """
     train = _training_images(settings, seed)
+    train.on_error = settings.on_error
     validation = SceneGraphDataset(load_rows(settings.path, "validation"))
     for name in ("id2label", "id2predicate"):
         if getattr(train, name) != getattr(validation, name):
@@ -54,7 +55,9 @@ def make_splits(settings: DataSettings, seed: int) -> Splits:
     train.augmentation = _augmentation(settings, train.id2predicate)
     if isinstance(train, SceneGraphDataset) and settings.repeat_threshold:
         resampling = ResamplingSettings(settings.repeat_threshold, settings.relation_drop_rate)
-        train = SceneGraphDataset(train.split, train.augmentation, seed, resampling)
+        train = SceneGraphDataset(
+            train.split, train.augmentation, seed, resampling, settings.on_error
+        )
     return Splits(train, validation)
 
 
@@ -241,3 +244,5 @@ def _resolve_backbone(section: str, fields: dict[str, Any]) -> dict[str, Any]:
 def _load_backbone_weights(recipe: Recipe, detector: SgtrDetrForObjectDetection) -> None:
     if recipe.backbone_weights == "efficientnet_lite0":
         load_efficientnet_lite0_weights(detector.model.backbone)
+    elif recipe.backbone_weights is not None:
+        load_backbone_weights(detector.model.backbone, recipe.backbone_weights)

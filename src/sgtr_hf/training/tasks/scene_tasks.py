@@ -11,6 +11,7 @@ from ...data.streaming_dataset import SceneGraphStream
 from ...data.training_dataset import Collator
 from ...metrics.frequency_baseline import FrequencyBaseline
 from ...modeling.modeling_sgtr import SgtrForSceneGraphGeneration
+from ...modeling.modeling_sgtr_detr import SgtrDetrForObjectDetection
 from ..batch_loaders import make_loader, make_stream_loader
 from ..detector_cache import CachedDetectorDataset, collate_cached
 from ..evaluation import Evaluator, evaluate
@@ -67,6 +68,19 @@ class DetectionTask(TrainingTask):
         return make_stream_loader(
             part, self.settings, collator, num_workers=num_workers, accelerator=accelerator
         )
+
+    def prepare_update(
+        self, model: PreTrainedModel, batches: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Count the annotations of the update, which divide the losses of each of its batches."""
+        if not isinstance(model, SgtrDetrForObjectDetection | SgtrForSceneGraphGeneration):
+            raise TypeError(f"The losses of {type(model).__name__} are not known to be counted.")
+        labels = [label for batch in batches for label in batch["labels"]]
+        return {"loss_counts": model.loss_counts(labels, len(batches))}
+
+    def image_ids(self, batch: dict[str, Any]) -> list[str]:
+        """Name the images of a batch."""
+        return [str(label["image_id"]) for label in batch["labels"]]
 
     def evaluate(self, model: PreTrainedModel) -> dict[str, Any]:
         """Evaluate each process's share of the validation split, and gather."""

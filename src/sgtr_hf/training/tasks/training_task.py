@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
 from ..checkpoints import Progress
-from ..optimization import make_optimizer, make_schedule
+from ..optimization import clip_each_gradient, make_optimizer, make_schedule
 from ..recipe import Recipe
 
 
@@ -63,6 +63,14 @@ class TrainingTask(ABC):
         """Return what sets the optimizer's rates; it is advanced after each update."""
         return make_schedule(optimizer, self.settings, length.num_updates)
 
+    def prepare_update(
+        self,
+        model: PreTrainedModel,  # noqa: ARG002 - for tasks whose losses are divided by counts
+        batches: list[dict[str, Any]],  # noqa: ARG002
+    ) -> dict[str, Any]:
+        """Return entries that each batch of an update gets, from all of them."""
+        return {}
+
     def compute_losses(
         self,
         model: torch.nn.Module,
@@ -77,6 +85,10 @@ class TrainingTask(ABC):
         """Return the number of images in a batch."""
         return len(batch["labels"])
 
+    def image_ids(self, batch: dict[str, Any]) -> list[str]:  # noqa: ARG002 - for data with names
+        """Name the images of a batch, as far as they have names, for an error."""
+        return []
+
     def clip_gradients(
         self,
         model: torch.nn.Module,
@@ -85,6 +97,8 @@ class TrainingTask(ABC):
         """Limit the gradients of an update, and return the norm they had."""
         limit = self.settings.gradient_clip_norm or float("inf")
         norm: Tensor = self.accelerator.clip_grad_norm_(model.parameters(), limit)
+        if self.settings.gradient_clip_norm_per_tensor > 0:
+            clip_each_gradient(model, self.settings.gradient_clip_norm_per_tensor)
         return norm
 
     def after_update(
