@@ -60,6 +60,7 @@ def knowledge_distillation_losses(
     labels: Tensor,
     temperature: float,
     soft_weight: float,
+    label_smoothing: float = 0.0,
 ) -> dict[str, Tensor]:
     """Compute the weighted losses of a classifier that learns from a larger one.
 
@@ -69,6 +70,7 @@ def knowledge_distillation_losses(
         labels: (B,) annotated classes.
         temperature: T, above 0.
         soft_weight: Weight of the soft targets, from 0 (annotations alone) to 1 (teacher alone).
+        label_smoothing: Share of the hard targets that is spread over all classes.
 
     Returns:
         `loss_soft` = soft_weight T^2 KL and `loss_hard` = (1 - soft_weight) cross entropy, each
@@ -84,7 +86,7 @@ def knowledge_distillation_losses(
             f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}."
         )
     soft = soft_target_loss(student_logits, teacher_logits, temperature).mean()
-    hard = cross_entropy(student_logits.float(), labels)
+    hard = cross_entropy(student_logits.float(), labels, label_smoothing=label_smoothing)
     return {"loss_soft": soft_weight * soft, "loss_hard": (1 - soft_weight) * hard}
 
 
