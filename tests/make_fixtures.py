@@ -3,7 +3,7 @@
     python tests/make_fixtures.py FOLDER [--output tests/fixtures]
 
 The folder is the one that `make fidelity` takes. What is kept is what the default suite needs:
-slices of outputs, the whole inputs of losses, matches and post-processing, under 2 MB in all.
+slices of outputs, the whole inputs of losses, matches and post-processing, under 2.1 MB in all.
 """
 
 import argparse
@@ -51,7 +51,11 @@ def make_tensors(recorded):
         "triplets_vg": triplets(load_file(recorded / "postprocess_vg.safetensors")),
         "triplets_oiv6": triplets(load_file(recorded / "postprocess_oiv6.safetensors")),
         "recall": recall(load_file(recorded / "metrics.safetensors")),
-    }
+        "self_distillation": chosen(
+            load_file(recorded / "dino_step.safetensors"),
+            "student_output", "teacher_output", "center_", "loss",
+        ),
+    }  # fmt: skip
 
 
 def make_figures(recorded):
@@ -61,6 +65,7 @@ def make_figures(recorded):
     recalls = metrics["scene_graph_benchmark"]
     return {
         "detr_resnet50.keys": read(recorded / "detr_resnet50.keys.json"),
+        "dino_schedules": read(recorded / "dino_schedules.json"),
         "sgtr_vg.keys": read(recorded / "sgtr_vg.keys.json"),
         "losses": {
             "detr": {

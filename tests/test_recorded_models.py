@@ -57,7 +57,7 @@ def test_the_fixtures_are_made_of_these_figures(folder):
             assert tensor.equal(stored[key]), (name, key)
     for name, content in make_figures(folder).items():
         assert json.loads((FIXTURES / f"{name}.json").read_text()) == content, name
-    assert sum(path.stat().st_size for path in FIXTURES.iterdir()) < 2_000_000
+    assert sum(path.stat().st_size for path in FIXTURES.iterdir()) < 2_100_000
 
 
 def assert_equal(found, recorded, what):

@@ -15,6 +15,7 @@ from .image_processing.image_processing_dino_vit import (
     DinoVitImageProcessorPil,
 )
 from .image_processing.image_processing_sgtr import SgtrImageProcessor, SgtrImageProcessorPil
+from .modeling.modeling_dino_pretraining import DinoVitForPreTraining
 from .modeling.modeling_dino_vit import (
     DinoVitBackbone,
     DinoVitForImageClassification,
@@ -33,6 +34,7 @@ __all__ = [
     "DinoVitBackbone",
     "DinoVitConfig",
     "DinoVitForImageClassification",
+    "DinoVitForPreTraining",
     "DinoVitImageProcessor",
     "DinoVitImageProcessorPil",
     "DinoVitModel",

@@ -11,6 +11,7 @@ from transformers import (
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForObjectDetection,
+    AutoModelForPreTraining,
 )
 from transformers.models.auto.auto_factory import _BaseAutoModelClass, _LazyAutoMapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -22,6 +23,7 @@ from .configuration.configuration_sgtr import SgtrConfig
 from .configuration.configuration_sgtr_detr import SgtrDetrConfig
 from .image_processing.image_processing_dino_vit import DinoVitImageProcessorPil
 from .image_processing.image_processing_sgtr import SgtrImageProcessorPil
+from .modeling.modeling_dino_pretraining import DinoVitForPreTraining
 from .modeling.modeling_dino_vit import (
     DinoVitBackbone,
     DinoVitForImageClassification,
@@ -83,6 +85,7 @@ def register() -> None:
         DinoVitConfig, DinoVitForImageClassification, exist_ok=True
     )
     AutoBackbone.register(DinoVitConfig, DinoVitBackbone, exist_ok=True)
+    AutoModelForPreTraining.register(DinoVitConfig, DinoVitForPreTraining, exist_ok=True)
     AutoImageProcessor.register(
         DinoVitConfig, image_processor_classes=vit_image_processors, exist_ok=True
     )

@@ -36,6 +36,16 @@ class DinoVitConfig(BackboneConfigMixin, PreTrainedConfig):
             DINO's linear evaluation of small models, 1 of base models.
         classify_patch_mean: Also show the classifier the mean patch token of the last layer.
         initializer_range: Standard deviation of new weights.
+        convolutional_stem: Embed patches by 3 x 3 convolutions of stride 2 (Xiao et al. 2021)
+            instead of one product a patch; helps small images. `patch_size` must be a power of 2.
+        num_prototypes: Outputs of the heads of `DinoVitForPreTraining`.
+        head_layers: Linear layers of a head before the prototypes.
+        head_hidden_dim: Width between them.
+        head_bottleneck_dim: Width that the prototypes see.
+        fixed_prototype_length: Hold the student's prototypes at length 1, which is stabler; DINO's
+            long trainings do not (`norm_last_layer`).
+        student_temperature: Of the student's distributions.
+        center_momentum: Share of the centre of the teacher's logits that stays at an update.
         out_features: Of `DinoVitBackbone`: "stem", "stage1", ... feature maps to return.
         out_indices: The same by number; -1 is the last layer.
     """
@@ -59,6 +69,14 @@ class DinoVitConfig(BackboneConfigMixin, PreTrainedConfig):
     num_classification_layers: int = 1
     classify_patch_mean: bool = False
     initializer_range: float | int = 0.02
+    convolutional_stem: bool = False
+    num_prototypes: int = 65536
+    head_layers: int = 3
+    head_hidden_dim: int = 2048
+    head_bottleneck_dim: int = 256
+    fixed_prototype_length: bool = True
+    student_temperature: float | int = 0.1
+    center_momentum: float | int = 0.9
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
@@ -107,6 +125,38 @@ class DinoVitConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if self.num_registers < 0:
             raise ValueError(f"`num_registers` must be at least 0, got {self.num_registers}.")
+
+    def validate_stem(self) -> None:
+        """Reject a convolutional stem that cannot halve its way down to patches."""
+        size = self.patch_size
+        if self.convolutional_stem and (size < 2 or size & (size - 1)):  # noqa: PLR2004
+            raise ValueError(
+                "`convolutional_stem` halves the image; `patch_size` must be a power of 2, at "
+                f"least 2, got {size}."
+            )
+        if self.convolutional_stem and self.d_model % (size // 2):
+            raise ValueError(
+                f"`d_model` must be divisible by {size // 2} for `convolutional_stem`, whose "
+                f"channels double to it, got {self.d_model}."
+            )
+
+    def validate_pretraining(self) -> None:
+        """Reject heads and temperatures that cannot be."""
+        # Ten times and more what published models use.
+        most = 10_000_000
+        for name in ("num_prototypes", "head_layers", "head_hidden_dim", "head_bottleneck_dim"):
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(
+                    f"`{name}` must be at least 1 and at most {most}, got {getattr(self, name)}."
+                )
+        if not self.student_temperature > 0:
+            raise ValueError(
+                f"`student_temperature` must be above 0, got {self.student_temperature}."
+            )
+        if not 0 <= self.center_momentum <= 1:
+            raise ValueError(
+                f"`center_momentum` must be between 0 and 1, got {self.center_momentum}."
+            )
 
     def validate_probabilities(self) -> None:
         """Reject probabilities that would drop everything, or less than nothing."""

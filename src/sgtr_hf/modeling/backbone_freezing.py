@@ -92,5 +92,6 @@ def _stage_markers(backbone: PreTrainedModel, num_stages: int) -> tuple[str, ...
     if timm_backbone is not None:
         return (f"_backbone.{timm_backbone.feature_info.info[num_stages - 1]['module']}",)
     if num_stages == 1:
-        return ("embedder", "embeddings")
-    return tuple(f"encoder.{kind}.{num_stages - 2}" for kind in ("stages", "layers", "layer"))
+        return ("embedder", "embeddings", "embedding")
+    kinds = ("encoder.stages", "encoder.layers", "encoder.layer", "model.layers")
+    return tuple(f"{kind}.{num_stages - 2}" for kind in kinds)

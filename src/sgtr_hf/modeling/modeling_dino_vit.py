@@ -20,6 +20,32 @@ from .backbone_freezing import FreezablePreTrainedModel
 from .transformer_layers import EncoderLayer
 
 
+class ConvolutionalStem(nn.Sequential):
+    """Embeds patches that overlap, by convolutions of stride 2 whose channels double.
+
+    Args:
+        config: Gives patch size, a power of 2, and width.
+
+    Source:
+        Xiao et al. 2021, with group norms of one group in place of batch norms: running statistics
+        would differ between the crops of a self-distillation and between its two networks.
+    """
+
+    def __init__(self, config: DinoVitConfig) -> None:
+        layers: list[nn.Module] = []
+        num_steps = config.patch_size.bit_length() - 1
+        channels = config.num_channels
+        for step in range(num_steps):
+            width = config.d_model // 2 ** (num_steps - 1 - step)
+            layers += [
+                nn.Conv2d(channels, width, 3, stride=2, padding=1, bias=False),
+                nn.GroupNorm(1, width),
+                nn.GELU(),
+            ]
+            channels = width
+        super().__init__(*layers, nn.Conv2d(channels, config.d_model, 1))
+
+
 class PatchEmbedding(nn.Module):
     """Cuts an image into patches, embeds them, and gives each its place."""
 
@@ -27,7 +53,11 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         self.config = config
         size, width = config.patch_size, config.d_model
-        self.projection = nn.Conv2d(config.num_channels, width, size, stride=size)
+        self.projection: nn.Module = (
+            ConvolutionalStem(config)
+            if config.convolutional_stem
+            else nn.Conv2d(config.num_channels, width, size, stride=size)
+        )
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
         self.grid_side = config.image_size // size
         # The first place is the class token's.
@@ -54,6 +84,10 @@ class PatchEmbedding(nn.Module):
                 f"`pixel_values` must be at least one patch ({self.config.patch_size} pixels) a "
                 f"side, got {tuple(pixel_values.shape)}."
             )
+        if self.config.convolutional_stem:
+            # A convolution with a margin would make a patch of what is left over.
+            height, width = (side - side % self.config.patch_size for side in pixel_values.shape[-2:])
+            pixel_values = pixel_values[..., :height, :width]
         patches = self.projection(pixel_values)
         position = self.interpolate_position(*patches.shape[-2:])
         patches = patches.flatten(2).transpose(1, 2) + position[:, 1:]
