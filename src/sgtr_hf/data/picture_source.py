@@ -148,9 +148,13 @@ class PictureStream(IterableDataset[Picture]):
     def __iter__(self) -> Iterator[Picture]:
         worker = get_worker_info()
         first = "" if worker is None else f"{worker.id}-"
-        for number, row in enumerate(self.rows):
-            picture = _row_picture(row, self._columns, number)
+        for picture in self.read(self.rows):
             yield picture._replace(name=f"{first}{picture.name}") if first else picture
+
+    def read(self, rows: datasets.IterableDataset) -> Iterator[Picture]:
+        """Yield the pictures of rows of the same columns, such as `rows` in another order."""
+        for number, row in enumerate(rows):
+            yield _row_picture(row, self._columns, number)
 
 
 PictureSource = PictureFolder | PictureRows | PictureStream

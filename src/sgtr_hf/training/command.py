@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from accelerate import Accelerator
 
+from .image_recipe import IMAGE_RECIPES
 from .interruption import TrainingStopped
 from .loop import Trainer
 from .recipe import Recipe, load_recipe
@@ -20,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 def run_recipe(
     description: str | None,
-    task: str,
+    task: str | None,
     open_task: Callable[[Recipe, Accelerator], TrainingTask] = make_task,
 ) -> None:
     """Parse the command line, and train; a mistake of the user ends it with a line that says so.
@@ -29,7 +30,7 @@ def run_recipe(
 
     Args:
         description: Of the script.
-        task: That the recipe must have.
+        task: That the recipe must have; None leaves it to `open_task`.
         open_task: As for `Trainer`.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -41,8 +42,8 @@ def run_recipe(
     parser.add_argument("overrides", nargs="*", help="entries to change: training.epochs=3")
     options = parser.parse_args()
     try:
-        recipe = load_recipe(options.recipe, options.overrides)
-        if recipe.task != task:
+        recipe = load_recipe(options.recipe, options.overrides, IMAGE_RECIPES)
+        if task is not None and recipe.task != task:
             raise ValueError(
                 f"`task` of {options.recipe} is {recipe.task!r}, this trains {task!r}."
             )

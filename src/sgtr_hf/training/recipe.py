@@ -4,12 +4,15 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import yaml
+
+from .distillation_settings import DistillationSettings
 
 
 @dataclass
@@ -38,6 +41,8 @@ class DataSettings:
         on_error: What follows a training picture that cannot be read: "raise" stops the run, "drop"
             takes the next image and says so in the log. Validation always stops, or its figures
             would be of other images each time.
+        augmentation_seed: Of augmentation and resampling, if not `training.seed`: runs of several
+            seeds can then read one cache of a frozen detector.
     """
 
     path: str
@@ -56,6 +61,7 @@ class DataSettings:
     streaming: bool = False
     shuffle_buffer: int = 1000
     on_error: Literal["raise", "drop"] = "raise"
+    augmentation_seed: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("flip_probability", "brightness", "crop_probability", "saturation",
@@ -185,7 +191,8 @@ class Recipe:
     """One run.
 
     Args:
-        task: "detection" trains `SgtrDetrForObjectDetection`, "scene_graph" the whole model.
+        task: "detection" trains `SgtrDetrForObjectDetection`, "scene_graph" the whole model; for
+            "self_distillation" and "classification" see `image_recipe.py`.
         data: Where the images come from.
         training: How the model is optimised.
         model: Fields of the task's configuration; names of classes come from the data.
@@ -197,9 +204,10 @@ class Recipe:
         pretrained_model: Folder or Hub id of a model of this task that the run starts from, with
             its configuration, of which `model` changes fields, and its image processor. Heads
             for another number of classes start anew.
+        distillation: A larger model to learn from.
     """
 
-    task: Literal["detection", "scene_graph"]
+    task: Literal["detection", "scene_graph", "self_distillation", "classification"]
     data: DataSettings
     training: TrainingSettings
     model: dict[str, Any] = field(default_factory=dict)
@@ -207,6 +215,7 @@ class Recipe:
     backbone_weights: str | None = None
     detector: str | None = None
     pretrained_model: str | None = None
+    distillation: DistillationSettings = field(default_factory=DistillationSettings)
 
     def __post_init__(self) -> None:
         for name in ("detector", "backbone_weights"):
@@ -234,6 +243,11 @@ class Recipe:
             )
 
     def _check_cache(self) -> None:
+        if self.distillation.teacher is not None:
+            raise ValueError(
+                "`training.cached_epochs` keeps no pictures, which `distillation.teacher` must "
+                "see; set it to 0."
+            )
         if not self.model.get("freeze_detector"):
             raise ValueError(
                 "`training.cached_epochs` needs `model.freeze_detector`: outputs of a detector "
@@ -245,12 +259,17 @@ class Recipe:
             )
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    kinds: Mapping[str, type[Recipe]] = MappingProxyType({}),
+) -> Recipe:
     """Read a recipe.
 
     Args:
         path: A YAML file.
         overrides: Entries like "training.epochs=3", as from a command line.
+        kinds: Classes of recipes by task, where it is not `Recipe`.
 
     Raises:
         ValueError: If an entry is unknown, missing, of a wrong type or out of range.
@@ -266,7 +285,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ValueError(f"The recipe {path} must hold sections, got {type(entries).__name__}.")
     for override in overrides:
         _apply_override(entries, override)
-    return typing.cast(Recipe, _build(Recipe, entries, prefix=""))
+    kind = kinds.get(str(entries.get("task")), Recipe)
+    return typing.cast(Recipe, _build(kind, entries, prefix=""))
 
 
 def _apply_override(entries: dict[str, Any], override: str) -> None:

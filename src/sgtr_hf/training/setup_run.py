@@ -41,6 +41,8 @@ def make_splits(settings: DataSettings, seed: int) -> Splits:
         ValueError: If a split is missing, an annotation cannot be meant, or the splits have
             different classes or predicates.
     """
+    if settings.augmentation_seed is not None:
+        seed = settings.augmentation_seed
     train = _training_images(settings, seed)
     train.on_error = settings.on_error
     validation = SceneGraphDataset(load_rows(settings.path, "validation"))
@@ -95,7 +97,7 @@ def make_image_processor(recipe: Recipe) -> SgtrImageProcessor:
     if not recipe.image_processor and pretrained is not None:
         return SgtrImageProcessor.from_pretrained(pretrained)
     known = typing.get_type_hints(SgtrImageProcessor.valid_kwargs)
-    _check_names("image_processor", recipe.image_processor, known)
+    check_names("image_processor", recipe.image_processor, known)
     return SgtrImageProcessor(**recipe.image_processor)
 
 
@@ -168,12 +170,12 @@ def _load_pretrained_model(
         kind, given = SgtrDetrForObjectDetection, {"id2label": id2label}
     else:
         kind, given = scene_graph_class, {"id2predicate": id2predicate}
-    _check_fields("model", recipe.model, kind.config_class, given=tuple(given))
+    check_fields("model", recipe.model, kind.config_class, given=tuple(given))
     trained = kind.config_class.from_pretrained(source)
     fields = trained.to_dict() | _resolve_backbone("model", recipe.model) | given
     if recipe.task == "scene_graph":
         fields["detector_config"] |= {"id2label": id2label}
-    config = _make_config(kind.config_class, fields)
+    config = make_config(kind.config_class, fields)
     return kind.from_pretrained(
         source, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
     )
@@ -183,21 +185,20 @@ def _make_scene_graph_config(
     recipe: Recipe, detector_config: SgtrDetrConfig, id2predicate: dict[int, str]
 ) -> SgtrConfig:
     fields = {name: value for name, value in recipe.model.items() if name != "detector_config"}
-    _check_fields("model", fields, SgtrConfig, given=("id2label", "id2predicate"))
+    check_fields("model", fields, SgtrConfig, given=("id2label", "id2predicate"))
     fields |= {"detector_config": detector_config, "id2predicate": id2predicate}
-    return _make_config(SgtrConfig, fields)
+    return make_config(SgtrConfig, fields)
 
 
 def _make_detector_config(
     section: str, fields: dict[str, Any], id2label: dict[int, str]
 ) -> SgtrDetrConfig:
-    _check_fields(section, fields, SgtrDetrConfig, given=("id2label",))
-    return _make_config(
-        SgtrDetrConfig, {**_resolve_backbone(section, fields), "id2label": id2label}
-    )
+    check_fields(section, fields, SgtrDetrConfig, given=("id2label",))
+    return make_config(SgtrDetrConfig, {**_resolve_backbone(section, fields), "id2label": id2label})
 
 
-def _make_config(kind: type[Config], fields: dict[str, Any]) -> Config:
+def make_config(kind: type[Config], fields: dict[str, Any]) -> Config:
+    """Build a configuration; what it rejects is a `ValueError`."""
     try:
         return kind(**fields)
     except StrictDataclassError as error:
@@ -205,7 +206,7 @@ def _make_config(kind: type[Config], fields: dict[str, Any]) -> Config:
         raise ValueError(f"`model` of the recipe: {error.__cause__ or error}") from error
 
 
-def _check_fields(
+def check_fields(
     section: str, fields: dict[str, Any], config: type[PreTrainedConfig], given: tuple[str, ...]
 ) -> None:
     """Reject what a configuration would keep without a word, and without an effect."""
@@ -214,10 +215,11 @@ def _check_fields(
             raise ValueError(f"`{section}.{name}` comes from the data; remove it.")
     own = {field.name for field in dataclasses.fields(config)}
     inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
-    _check_names(section, fields, own - inherited)
+    check_names(section, fields, own - inherited)
 
 
-def _check_names(section: str, entries: Collection[str], known: Collection[str]) -> None:
+def check_names(section: str, entries: Collection[str], known: Collection[str]) -> None:
+    """Reject entries that a section does not know."""
     unknown = sorted(set(entries) - set(known))
     if unknown:
         raise ValueError(

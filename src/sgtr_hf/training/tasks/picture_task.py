@@ -1,0 +1,135 @@
+"""What self-distillation and classification share: images without boxes."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import Dataset, Subset
+from transformers import PreTrainedModel
+
+from ...configuration.configuration_dino_vit import DinoVitConfig
+from ...data.picture_source import Picture, PictureStream, open_pictures
+from ...data.training_pictures import (
+    ChangedPicture,
+    DecodedPictures,
+    TrainingPictures,
+    TrainingPictureStream,
+)
+from ...image_processing.image_processing_dino_vit import DinoVitImageProcessor
+from ...modeling.modeling_dino_vit import DinoVitPreTrainedModel
+from ..batch_loaders import make_loader, make_stream_loader
+from ..image_recipe import ImageDataSettings
+from ..recipe import Recipe
+from ..setup_run import check_fields, check_names, make_config
+from .training_task import TrainingTask
+
+
+class PictureTask(TrainingTask):
+    """Opens images, and builds vision transformers.
+
+    Args:
+        recipe: Of the run.
+        accelerator: Knows device and processes.
+        data: Section of the recipe.
+
+    Raises:
+        ValueError: If the recipe does not fit the data.
+    """
+
+    model_class: ClassVar[type[DinoVitPreTrainedModel]]
+
+    def __init__(self, recipe: Recipe, accelerator: Accelerator, data: ImageDataSettings) -> None:
+        super().__init__(recipe, accelerator)
+        self.data = data
+        self.image_processor = _make_image_processor(recipe)
+        self.pictures = self._open(data.train_split, streaming=data.streaming)
+        self.validation = self._open(data.validation_split)
+        self.label_names: list[str] | None = self.pictures.label_names
+        self.num_images = data.images_per_epoch or len(self.pictures)
+
+    def make_vision_transformer(self, **given: Any) -> PreTrainedModel:
+        """Build the model, or load it with the recipe's changes.
+
+        Args:
+            **given: Fields that come from the data, not from the recipe.
+        """
+        recipe, kind = self.recipe, self.model_class
+        check_fields("model", recipe.model, DinoVitConfig, given=tuple(given))
+        if recipe.pretrained_model is None:
+            return kind(make_config(DinoVitConfig, recipe.model | given))
+        trained = DinoVitConfig.from_pretrained(recipe.pretrained_model).to_dict()
+        config = make_config(DinoVitConfig, trained | recipe.model | given)
+        # Weights are trained in float32, whatever they were stored in.
+        return kind.from_pretrained(
+            recipe.pretrained_model,
+            config=config,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+        )
+
+    def load_training_pictures(
+        self,
+        change: Callable[[Any], Any],
+        collate: Callable[[list[ChangedPicture]], dict[str, Any]],
+    ) -> Any:
+        """Return the loader of training batches, each image changed at random."""
+        data, seed = self.data, self.settings.seed
+        if isinstance(self.pictures, PictureStream):
+            stream = TrainingPictureStream(
+                self.pictures, change, self.num_images, seed, data.shuffle_buffer
+            ).for_training(
+                self.accelerator.process_index,
+                self.accelerator.num_processes,
+                self.settings.batch_size,
+            )
+            self.train_images = stream
+            return make_stream_loader(
+                stream,
+                self.settings,
+                collate,
+                num_workers=data.num_workers,
+                accelerator=self.accelerator,
+            )
+        pictures: Dataset[Picture] = self.pictures
+        if data.cache_images:
+            self.pictures = pictures = DecodedPictures(pictures)
+        self.train_images = TrainingPictures(pictures, change, seed, data.on_error)
+        loader = make_loader(
+            self.train_images, self.settings, collate, num_workers=data.num_workers, shuffle=True
+        )
+        return self.accelerator.prepare(loader)
+
+    def count_images(self, batch: dict[str, Any]) -> int:
+        """Return the number of images in a batch."""
+        return len(batch["names"])
+
+    def image_ids(self, batch: dict[str, Any]) -> list[str]:
+        """Name the images of a batch in an error."""
+        return list(batch["names"])
+
+    def share_of(self, pictures: Any) -> Subset[Picture]:
+        """Return the pictures that this process evaluates."""
+        accelerator = self.accelerator
+        share = range(accelerator.process_index, len(pictures), accelerator.num_processes)
+        return Subset(pictures, list(share))
+
+    def _open(self, split: str, *, streaming: bool = False) -> Any:
+        data = self.data
+        return open_pictures(
+            data.path,
+            split,
+            image_column=data.image_column,
+            label_column=data.label_column,
+            streaming=streaming,
+        )
+
+
+def _make_image_processor(recipe: Recipe) -> DinoVitImageProcessor:
+    if not recipe.image_processor and recipe.pretrained_model is not None:
+        return DinoVitImageProcessor.from_pretrained(recipe.pretrained_model)
+    known = {"size", "crop_size", "resample", "do_resize", "do_center_crop", "do_rescale",
+             "rescale_factor", "do_normalize", "image_mean", "image_std",
+             "do_convert_rgb"}  # fmt: skip
+    check_names("image_processor", recipe.image_processor, known)
+    return DinoVitImageProcessor(**recipe.image_processor)

@@ -1,0 +1,209 @@
+"""Self-distillation without labels (DINO, Caron et al. 2021)."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Subset
+from transformers import PreTrainedModel
+
+from ...data.picture_source import PictureStream
+from ...data.training_pictures import ChangedPicture
+from ...image_processing.multi_crop import MultiCrop, normalize_crops
+from ...modeling.modeling_dino_pretraining import DinoVitForPreTraining
+from ...self_supervision.feature_extraction import extract_features
+from ...self_supervision.image_preparation import ProcessorPreparation
+from ...self_supervision.nearest_neighbours import neighbour_accuracy
+from ..checkpoints import Progress
+from ..collapse_watch import EntropyMeter, describe_collapse
+from ..image_recipe import SelfDistillationRecipe
+from ..recipe import Recipe
+from ..self_distillation_schedules import (
+    RateAndDecaySchedule,
+    SelfDistillationSchedules,
+    limit_gradients,
+    make_parameter_groups,
+    make_schedules,
+)
+from .picture_task import PictureTask
+from .training_task import RunLength
+
+
+logger = logging.getLogger(__name__)
+
+
+class SelfDistillationTask(PictureTask):
+    """Trains `DinoVitForPreTraining`, and watches its teacher.
+
+    Args:
+        recipe: A `SelfDistillationRecipe`.
+        accelerator: Knows device and processes.
+
+    Raises:
+        TypeError: If the recipe is of another kind.
+        ValueError: If the recipe does not fit the data.
+    """
+
+    # Without classes there is none, and the last model is the one to take.
+    best_figure = "knn_top1"
+    model_class = DinoVitForPreTraining
+
+    def __init__(self, recipe: Recipe, accelerator: Accelerator) -> None:
+        if not isinstance(recipe, SelfDistillationRecipe):
+            raise TypeError(
+                f"Self-distillation needs a SelfDistillationRecipe, got {type(recipe).__name__}; "
+                "`load_recipe` makes it with `kinds=IMAGE_RECIPES`."
+            )
+        super().__init__(recipe, accelerator, recipe.data)
+        self.crops, self.training = recipe.data.crops, recipe.training
+        self.num_bank_images = recipe.data.neighbour_images
+        self.temperature = recipe.training.warmup_teacher_temperature
+        # Until then the teacher is as good as random, which looks like a collapse.
+        self.may_collapse_from = max(recipe.training.warmup_epochs, 1.0)
+        self._epochs = 0
+
+    def make_model(self) -> PreTrainedModel:
+        """Build student and teacher."""
+        return self.make_vision_transformer()
+
+    def make_optimizer(self, model: PreTrainedModel) -> torch.optim.Optimizer:
+        """AdamW on the student; rate and decay come from the schedule."""
+        return torch.optim.AdamW(make_parameter_groups(model))
+
+    def training_loader(self, model: PreTrainedModel) -> Any:  # noqa: ARG002
+        """Read images as crops."""
+        change = MultiCrop(self.crops, self.data.flip_probability)
+        return self.load_training_pictures(change, CropCollator(self.image_processor))
+
+    def make_schedule(self, optimizer: torch.optim.Optimizer, length: RunLength) -> LRScheduler:
+        """Lay out rate, decay, momentum and temperature of the run."""
+        settings = self.training
+        batch_size = (
+            settings.batch_size
+            * settings.gradient_accumulation_steps
+            * self.accelerator.num_processes
+        )
+        self.schedules: SelfDistillationSchedules = make_schedules(
+            settings, length.num_updates, length.updates_per_epoch, batch_size
+        )
+        return RateAndDecaySchedule(optimizer, self.schedules)
+
+    def compute_losses(
+        self, model: torch.nn.Module, batch: dict[str, Any], progress: Progress
+    ) -> dict[str, Tensor]:
+        """Compare the crops."""
+        self.temperature = self.schedules.temperature(progress.epoch)
+        outputs = model(
+            batch["pixel_values"],
+            batch["local_pixel_values"],
+            teacher_temperature=self.temperature,
+        )
+        return {"loss": outputs.loss, "teacher_entropy": outputs.teacher_entropy}
+
+    def clip_gradients(self, model: torch.nn.Module, progress: Progress) -> Tensor:
+        """Limit each tensor's gradient, and hold the prototypes still at first."""
+        self.accelerator.unscale_gradients()
+        norm = limit_gradients(model, self.training.gradient_clip_norm_per_tensor)
+        if progress.epoch < self.training.frozen_prototype_epochs:
+            student = _pretraining(self.accelerator.unwrap_model(model)).student
+            for parameter in student.head.prototypes.parameters():
+                parameter.grad = None
+        return norm
+
+    def after_update(self, model: PreTrainedModel, progress: Progress) -> Mapping[str, float]:
+        """Move the teacher."""
+        update = min(progress.updates, len(self.schedules.teacher_momentum)) - 1
+        momentum = float(self.schedules.teacher_momentum[update])
+        _pretraining(model).update_teacher(momentum)
+        self._epochs = progress.epoch
+        return {
+            "weight_decay": float(self.schedules.weight_decay[update]),
+            "teacher_momentum": momentum,
+            "teacher_temperature": self.temperature,
+        }
+
+    def evaluate(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Measure the teacher: entropies and, where there are classes, its nearest neighbours."""
+        pretraining = _pretraining(model).eval()
+        meter = EntropyMeter(pretraining.center, self.temperature)
+
+        def compute_and_measure(pixel_values: Tensor) -> Tensor:
+            tokens = pretraining.model(pixel_values).pooler_output
+            meter.add(pretraining.head(tokens))
+            return tokens
+
+        queries = self._features(self.validation, compute_and_measure)
+        entropies = meter.compute(self.accelerator)
+        figures: dict[str, Any] = {
+            "knn_top1": None,
+            "teacher_entropy": entropies.of_samples,
+            "mean_entropy": entropies.of_mean,
+            "entropy_gap": entropies.gap,
+        }
+        warning = describe_collapse(entropies, self.training.least_entropy_gap)
+        if warning and self._epochs >= self.may_collapse_from:
+            logger.warning("%s", warning)
+        if self.validation.label_names is not None:
+            bank = self._features(
+                self._bank_pictures(), lambda pixels: pretraining.model(pixels).pooler_output
+            )
+            count = self.training.num_neighbours
+            (accuracy,) = neighbour_accuracy(queries, bank, [count])
+            figures |= {"knn_top1": accuracy.top1, "knn_top5": accuracy.top5}
+        return figures
+
+    def _bank_pictures(self) -> Any:
+        """Training images whose classes are known, spread over the split."""
+        if isinstance(self.pictures, PictureStream):
+            rows = self.pictures.rows.take(self.num_bank_images)
+            return list(self.pictures.read(rows))
+        step = max(len(self.pictures) // self.num_bank_images, 1)
+        indices = range(0, len(self.pictures), step)[: self.num_bank_images]
+        return Subset(self.pictures, list(indices))
+
+    def _features(self, pictures: Any, compute: Any) -> tuple[Tensor, Tensor]:
+        """Compute features and classes of all pictures, each process its share."""
+        batches = extract_features(
+            self.share_of(pictures),
+            ProcessorPreparation(self.image_processor),
+            compute,
+            batch_size=self.settings.batch_size,
+            num_workers=self.data.num_workers,
+            device=self.accelerator.device,
+        )
+        own = [(batch.vectors, batch.labels) for batch in batches]
+        shares = gather_object(own)
+        return torch.cat([vectors for vectors, _ in shares]), torch.cat([row for _, row in shares])
+
+
+class CropCollator:
+    """Makes a batch of crops.
+
+    Args:
+        image_processor: Gives mean and standard deviation.
+    """
+
+    def __init__(self, image_processor: Any) -> None:
+        self.mean, self.std = image_processor.image_mean, image_processor.image_std
+
+    def __call__(self, items: list[ChangedPicture]) -> dict[str, Any]:
+        """Return pixel_values (2, B, 3, H, W), local_pixel_values (L, B, 3, h, w), and names."""
+        batch: dict[str, Any] = {"names": [item.name for item in items]}
+        for name, field in (
+            ("pixel_values", "global_crops"),
+            ("local_pixel_values", "local_crops"),
+        ):
+            crops = torch.stack([getattr(item.pixels, field) for item in items], dim=1)
+            batch[name] = normalize_crops(crops, self.mean, self.std) if len(crops) else None
+        return batch
+
+
+def _pretraining(model: torch.nn.Module) -> DinoVitForPreTraining:
+    if not isinstance(model, DinoVitForPreTraining):
+        raise TypeError(f"Self-distillation trains DinoVitForPreTraining, got {type(model)}.")
+    return model
