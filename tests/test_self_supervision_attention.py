@@ -127,6 +127,9 @@ def test_mistakes_with_videos_are_named(tmp_path):
         list(read_frames(tmp_path))
     with pytest.raises(ValueError, match="must end in one of"):
         write_video(tmp_path / "film.xyz", [], 5)
+    frames = [Image.new("RGB", (8, 8)), Image.new("RGB", (8, 9))]
+    with pytest.raises(ValueError, match=r"frame 1 has \(8, 9\), the first \(8, 8\)"):
+        write_video(tmp_path / "film.gif", frames, 5)
     with pytest.raises(ValueError, match="no frame to write"):
         write_video(tmp_path / "film.gif", [], 5)
     pytest.importorskip("av")

@@ -220,7 +220,7 @@ def test_a_mask_of_another_size_is_refused():
     frames, masks = moving_squares(2)
     model = DinoVitModel(small_vit_config()).eval()
     settings = PropagationSettings(short_side=32)
-    with pytest.raises(ValueError, match="size of the frames, 64 x 128"):
+    with pytest.raises(ValueError, match="size of each frame, 64 x 128"):
         list(segment_video(model, frames, masks[0][:10], NORMALIZATION, settings))
     with pytest.raises(ValueError, match="from 1 to 255"):
         list(segment_video(model, frames, masks[0].astype(int) * 100, NORMALIZATION))

@@ -210,7 +210,7 @@ def _add_train_and_test(parser: argparse.ArgumentParser, help_text: str) -> None
     parser.add_argument("train", metavar="TRAIN", help=help_text)
     parser.add_argument("test", metavar="TEST", help="likewise")
     parser.add_argument("--train-split", help="of a data set; sub-folder of a folder of images")
-    parser.add_argument("--test-split", help="likewise; e.g. TRAIN and TEST are one data set")
+    parser.add_argument("--test-split", help="likewise")
 
 
 def _add_feature_options(parser: argparse.ArgumentParser, *, is_model_required: bool) -> None:

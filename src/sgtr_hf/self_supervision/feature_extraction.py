@@ -99,6 +99,8 @@ def extract_features(
 ) -> Iterator[FeatureBatch]:
     """Compute features batch by batch, in the order of the pictures.
 
+    Workers that read a stream take turns, each with its own shards.
+
     Args:
         pictures: At hand or streamed.
         prepare: Makes tensors of them; pictures of one size are computed together.

@@ -82,13 +82,13 @@ def segment_video(
     memory: deque[_MemoryFrame] = deque(maxlen=settings.num_frames)
     first: _MemoryFrame | None = None
     for frame in frames:
+        if first_mask.shape != (frame.height, frame.width):
+            raise ValueError(
+                f"`first_mask` must have the size of each frame, {frame.height} x {frame.width}, "
+                f"got {first_mask.shape}."
+            )
         features = _frame_features(model, frame, normalization, settings.short_side)
         if first is None:
-            if first_mask.shape != (frame.height, frame.width):
-                raise ValueError(
-                    f"`first_mask` must have the size of the frames, {frame.height} x "
-                    f"{frame.width}, got {first_mask.shape}."
-                )
             first = _MemoryFrame(features, _patch_labels(first_mask, numbers, features))
             yield first_mask.astype(np.uint8)
             continue

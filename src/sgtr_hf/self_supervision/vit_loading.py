@@ -13,7 +13,8 @@ def load_vision_transformer(
     """Load a vision transformer for evaluation, with its image processor.
 
     Args:
-        source: Folder or Hub id of a `DinoVitModel` or of a class built on it.
+        source: Folder or Hub id of a `DinoVitModel` or of a class built on it; of
+            `DinoVitForPreTraining` the teacher is loaded.
         untrained: Take the configuration alone, with random weights: what training must beat.
         seed: Of those weights.
 

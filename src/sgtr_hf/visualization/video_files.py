@@ -75,19 +75,31 @@ def write_video(path: str | Path, frames: Iterable[Image.Image], frames_per_seco
         frames_per_second: How fast they are shown.
 
     Raises:
-        ValueError: If there is no frame, or the ending is of no video.
+        ValueError: If there is no frame, frames differ in size, or the ending is of no video.
         ImportError: If PyAV is needed and not installed.
     """
     path = Path(path)
     check_video_name(path)
     if path.suffix.lower() in _VIDEOS:
-        return _encode(path, iter(frames), frames_per_second)
-    pictures = list(frames)
+        return _encode(path, _of_one_size(frames), frames_per_second)
+    pictures = list(_of_one_size(frames))
     if not pictures:
         raise ValueError(f"There is no frame to write into {path}.")
     duration = round(_MILLISECONDS / frames_per_second)
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=duration, loop=0)
     return len(pictures)
+
+
+def _of_one_size(frames: Iterable[Image.Image]) -> Iterator[Image.Image]:
+    size: tuple[int, int] | None = None
+    for number, frame in enumerate(frames):
+        size = size or frame.size
+        if frame.size != size:
+            raise ValueError(
+                f"The frames of a video must have one size; frame {number} has {frame.size}, the "
+                f"first {size}."
+            )
+        yield frame
 
 
 def _encode(path: Path, frames: Iterator[Image.Image], frames_per_second: float) -> int:
