@@ -1,6 +1,7 @@
 """Publishes a model to the server that HF_ENDPOINT names, and loads it with the package.
 
-`python tests/package_user.py FOLDER PUBLISHED PICTURE`; prints what it found as JSON.
+`python tests/package_user.py FOLDER PUBLISHED PICTURE SHARDS OUTPUT`; prints what it found as JSON.
+Shards are published too, and annotated from there.
 """
 
 import json
@@ -21,7 +22,7 @@ from sgtr_hf.cli import main
 from sgtr_hf.hub import publishing
 
 
-REPO_ID = "somebody/tiny"
+REPO_ID, DATASET_ID = "somebody/tiny", "somebody/scenes"
 AUTOS = (
     AutoConfig,
     AutoModel,
@@ -51,7 +52,7 @@ def error_of(function, *arguments, **keywords):
 
 
 if __name__ == "__main__":
-    folder, published, picture = sys.argv[1:]
+    folder, published, picture, shards, output = sys.argv[1:]
     publishing._FIRST_WAIT_SECONDS = 0.01
     arguments = ["push", folder, REPO_ID, "--private", "--output", published]
     result = {"code": main([*arguments, "--picture", picture, "--license", "apache-2.0"])}
@@ -81,4 +82,10 @@ if __name__ == "__main__":
     )
     arguments = {"token": "hf_bad", "force_download": True}
     result["refused download"] = error_of(AutoConfig.from_pretrained, REPO_ID, **arguments)
-    print(json.dumps(result))
+
+    result["data set"] = main(["push", shards, DATASET_ID])
+    command = ["annotate", DATASET_ID, output, "--model", REPO_ID, "--revision"]
+    options = ["--workers", "0", "--threshold", "0", "--top-k", "5"]
+    result["annotation"] = main([*command, result["revision"], *options])
+    # On a line of its own, after whatever was asked.
+    print("\n" + json.dumps(result))

@@ -58,4 +58,5 @@ if __name__ == "__main__":
     result = {source: load(source, sys.argv[1]) for source in sources}
     result["refusals"] = refusals(sources[0])
     result["package"] = sorted(name for name, module in sys.modules.items() if "sgtr_hf" in name)
-    print(json.dumps(result))
+    # On a line of its own, after whatever was asked.
+    print("\n" + json.dumps(result))

@@ -173,7 +173,7 @@ def test_broken_pictures_are_named_and_the_rest_stays(annotator, pictures, tmp_p
     (folder / "c.png").write_bytes(whole_file)
     report = annotator(tmp_path / "out", chunk_images=5).run(open_corpus(folder, "train", 5))
     assert (report.annotated, report.broken) == (1, 2)
-    lines = (tmp_path / "out" / "graphs-00000-00000.broken.jsonl").read_text().splitlines()
+    lines = (tmp_path / "out" / "_broken-00000-00000.jsonl").read_text().splitlines()
     assert [json.loads(line)["image_id"] for line in lines] == ["a", "b"]
 
 
@@ -235,7 +235,7 @@ def test_the_command_writes_what_evaluate_reads(pictures, model_folder, tmp_path
     arguments = ["annotate", str(pictures), str(tmp_path / "out"), "--model", str(model_folder)]
     assert main([*arguments, "--workers", "0", "--threshold", "0", "--chunk-images", "4"]) == 0
     assert f"annotated {COUNT} images" in capsys.readouterr().out
-    manifest = json.loads((tmp_path / "out" / "annotation.json").read_text())
+    manifest = json.loads((tmp_path / "out" / "_annotation.json").read_text())
     assert manifest["revision"].startswith("sha256:")
     assert PredictionFile(tmp_path / "out").count == COUNT
     assert main([*arguments, "--workers", "0", "--threshold", "0.5"]) == 2
@@ -259,8 +259,9 @@ def test_kill_and_two_processes(pictures, whole, model_folder, tmp_path):
         process.wait()
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     finished = subprocess.run(
-        [*torchrun, *map(str, command)], env=environment, check=True, capture_output=True, text=True
+        [*torchrun, *map(str, command)], env=environment, capture_output=True, text=True
     )
+    assert finished.returncode == 0, finished.stderr[-4000:]
     for rank in range(2):
         assert f"process {rank} of 2" in finished.stdout
     assert PredictionFile(tmp_path / "out").count == COUNT

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -48,7 +49,7 @@ def run(script, server, home, *arguments):
         text=True,
         env=environment,
         stdin=subprocess.DEVNULL,
-        timeout=600,
+        timeout=1200,
     )
     assert finished.returncode == 0, finished.stderr[-4000:]
     return json.loads(finished.stdout.strip().splitlines()[-1])
@@ -74,7 +75,22 @@ def published(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def package_user(server, picture, published, tmp_path_factory):
+def shards(tmp_path_factory):
+    """Three annotated pictures."""
+    sample = Path(sgtr_hf.__file__).parent / "assets" / "tabletop_sample"
+    table = pq.read_table(sample / "validation-00000-of-00001.parquet").slice(0, 3)
+    folder = tmp_path_factory.mktemp("shards")
+    pq.write_table(table, folder / "train-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    return tmp_path_factory.mktemp("annotated") / "graphs"
+
+
+@pytest.fixture(scope="module")
+def package_user(server, picture, published, shards, output, tmp_path_factory):
     """What a user with the package found, while uploads were interrupted twice."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("run") / "final"
@@ -88,7 +104,8 @@ def package_user(server, picture, published, tmp_path_factory):
     (folder / "optimizer.bin").write_bytes(b"not to be published")
     server.state.failures = {"/upload/": 1, "/commit/": 1}
     home = tmp_path_factory.mktemp("home")
-    return run("package_user.py", server, home, folder, published, picture)
+    arguments = (folder, published, picture, shards, output)
+    return run("package_user.py", server, home, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +181,21 @@ def test_revisions_stay(package_user):
 def test_a_bad_token_is_refused(package_user):
     assert REPO_ID in package_user["refused upload"]
     assert package_user["refused download"] is not None
+
+
+def test_a_data_set_is_published_with_its_card(package_user, server):
+    assert package_user["data set"] == 0
+    files = list(server.state.repositories["datasets", "somebody/scenes"].commits.values())[-1]
+    assert set(files) == {"README.md", "train-00000-of-00001.parquet"}
+    assert b"| train | 3 |" in files["README.md"]
+
+
+def test_a_data_set_on_the_hub_is_streamed_and_annotated(package_user, output):
+    assert package_user["annotation"] == 0
+    table = pq.read_table(output)
+    assert len(set(table["image_id"].to_pylist())) == 3
+    assert set(table["model"].to_pylist()) == {REPO_ID}
+    assert set(table["revision"].to_pylist()) == {package_user["revision"]}
 
 
 def test_the_card_is_filled_from_the_folder(package_user, published):

@@ -77,7 +77,7 @@ def _annotate(options: argparse.Namespace, corpus: "Corpus", state: Any) -> int:
     print(
         f"{options.output}: process {state.process_index} of {state.num_processes} annotated "
         f"{report.annotated} images; {report.present} files were there; {report.broken} images "
-        "could not be read" + (" (*.broken.jsonl)." if report.broken else ".")
+        "could not be read" + (" (_broken-*.jsonl)." if report.broken else ".")
     )
     return 0
 

@@ -26,7 +26,8 @@ from .corpus import Corpus, CorpusImage, Shard
 from .prediction_file import PredictionWriter
 
 
-MANIFEST_NAME = "annotation.json"
+# Names that begin so are no part of a data set to those who read the folder as one.
+MANIFEST_NAME = "_annotation.json"
 # Batches that a worker may be ahead of the model.
 _AHEAD = 2
 
@@ -64,7 +65,7 @@ class AnnotationReport(NamedTuple):
     present: int
     """Files of former runs that stayed."""
     broken: int
-    """Pictures that could not be read; `*.broken.jsonl` names them."""
+    """Pictures that could not be read; `_broken-*.jsonl` names them."""
 
 
 class _Job(NamedTuple):
@@ -267,7 +268,7 @@ class Annotator:
     def _write_errors(self, chunk: str, errors: Sequence[tuple[str, str]]) -> None:
         lines = [json.dumps({"image_id": image_id, "error": text}) for image_id, text in errors]
         if lines:
-            path = self.output / f"graphs-{chunk}.broken.jsonl"
+            path = self.output / f"_broken-{chunk}.jsonl"
             path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def _check_manifest(self, corpus: Corpus) -> None:

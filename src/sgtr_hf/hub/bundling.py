@@ -65,6 +65,7 @@ _PUBLISHED = {
         {
             "AutoModel": "modeling_dino_vit.DinoVitModel",
             "AutoModelForImageClassification": "modeling_dino_vit.DinoVitForImageClassification",
+            "AutoModelForPreTraining": "modeling_dino_pretraining.DinoVitForPreTraining",
             "AutoBackbone": "modeling_dino_vit.DinoVitBackbone",
         },
         (

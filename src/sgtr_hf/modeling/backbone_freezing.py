@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 
 class FreezablePreTrainedModel(PreTrainedModel):
-    """A base that keeps frozen what the configuration freezes, and reads safetensors alone.
+    """The base of all models: keeps frozen what is configured so, and reads safetensors alone.
 
     `from_pretrained` of transformers puts new parameters in place of those that the constructor
     froze, and these train (`core_model_loading.py` of 5.23); so the freezing is done again.
@@ -16,6 +16,15 @@ class FreezablePreTrainedModel(PreTrainedModel):
     Without safetensors in a folder it would read pickles, which nothing here writes: only
     `use_safetensors=False` allows them.
     """
+
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    # Layers go through the attention interface of transformers.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     ImageClassifierOutput,
 )
+from transformers.utils.generic import can_return_tuple
 
 from ..configuration.configuration_dino_vit import DinoVitConfig
 from .attention_recording import record_attention
@@ -44,6 +45,10 @@ class ConvolutionalStem(nn.Sequential):
             ]
             channels = width
         super().__init__(*layers, nn.Conv2d(channels, config.d_model, 1))
+
+
+# Of calls that read earlier layers too, whatever the caller wants returned.
+_ALL_LAYERS = {"output_hidden_states": True, "return_dict": True}
 
 
 class PatchEmbedding(nn.Module):
@@ -86,7 +91,9 @@ class PatchEmbedding(nn.Module):
             )
         if self.config.convolutional_stem:
             # A convolution with a margin would make a patch of what is left over.
-            height, width = (side - side % self.config.patch_size for side in pixel_values.shape[-2:])
+            height, width = (
+                side - side % self.config.patch_size for side in pixel_values.shape[-2:]
+            )
             pixel_values = pixel_values[..., :height, :width]
         patches = self.projection(pixel_values)
         position = self.interpolate_position(*patches.shape[-2:])
@@ -118,14 +125,7 @@ class DinoVitPreTrainedModel(FreezablePreTrainedModel):
     config: DinoVitConfig
     config_class = DinoVitConfig
     base_model_prefix = "model"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
     _no_split_modules = ["EncoderLayer", "PatchEmbedding"]  # noqa: RUF012 - transformers' contract
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
     # The student and the heads of a `DinoVitForPreTraining`, whose teacher every class can load.
     _keys_to_ignore_on_load_unexpected = [r"^student\.", r"^head\.", r"^center$"]  # noqa: RUF012
 
@@ -161,16 +161,23 @@ class DinoVitModel(DinoVitPreTrainedModel):
     def __init__(self, config: DinoVitConfig) -> None:
         super().__init__(config)
         self.embedding = PatchEmbedding(config)
-        rates = torch.linspace(0, config.drop_path, config.num_hidden_layers).tolist()
+        # Without tensors, which have no values where models are made without memory.
+        last = max(config.num_hidden_layers - 1, 1)
+        rates = [config.drop_path * number / last for number in range(config.num_hidden_layers)]
         self.layers = nn.ModuleList(EncoderLayer(config, rate) for rate in rates)
         self.norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
         self.post_init()
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Return what makes tokens of patches."""
+        return self.embedding.projection
+
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> DinoVitOutput:
         """Turn images into tokens.
@@ -178,7 +185,8 @@ class DinoVitModel(DinoVitPreTrainedModel):
         Args:
             pixel_values: (B, C, H, W) normalised images; sides need not be multiples of a patch,
                 what is left over on the right and at the bottom is not seen.
-            output_hidden_states: Also return the tokens of the stem and of every layer.
+            output_hidden_states: Also return the tokens of the stem and of every layer; as the
+                configuration says if None, and so is the next.
             output_attentions: Also return attention weights; needs eager attention.
             **kwargs: For the attention backend.
 
@@ -186,6 +194,10 @@ class DinoVitModel(DinoVitPreTrainedModel):
             ValueError: If an image is smaller than a patch, or weights are asked of a backend
                 that has none.
         """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
         recording: AbstractContextManager[dict[str, Tensor]] = nullcontext({})
         if output_attentions:
             recording = record_attention(self)
@@ -204,7 +216,11 @@ class DinoVitModel(DinoVitPreTrainedModel):
 
     def last_layers(self, pixel_values: Tensor, count: int, **kwargs: Any) -> Tensor:
         """Return the normalised tokens (count, B, tokens, d_model) of the last layers."""
-        output = self(pixel_values, output_hidden_states=True, **kwargs)
+        output = self(pixel_values, **(kwargs | _ALL_LAYERS))
+        return self.last_tokens(output, count)
+
+    def last_tokens(self, output: DinoVitOutput, count: int) -> Tensor:
+        """Read the same off an output that has all hidden states."""
         return self.norm(torch.stack(output.hidden_states[-count:]))
 
 
@@ -218,6 +234,7 @@ class DinoVitForImageClassification(DinoVitPreTrainedModel):
         self.classifier = nn.Linear(num_vectors * config.d_model, config.num_labels)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any
     ) -> ImageClassifierOutput:
@@ -225,18 +242,33 @@ class DinoVitForImageClassification(DinoVitPreTrainedModel):
 
         Args:
             pixel_values: (B, C, H, W) normalised images.
-            labels: (B,) classes; the loss is their cross entropy.
-            **kwargs: For the attention backend.
+            labels: (B,) classes; the loss is their cross entropy, unless `problem_type` of the
+                configuration says "multi_label_classification" or "regression", with (B, C).
+            **kwargs: For `DinoVitModel` and the attention backend.
         """
-        logits = self.classifier(self.features(pixel_values, **kwargs))
-        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
-        return ImageClassifierOutput(loss=loss, logits=logits)
+        wants_layers = kwargs.get("output_hidden_states")
+        if wants_layers is None:
+            wants_layers = self.config.output_hidden_states
+        output = self.model(pixel_values, **(kwargs | _ALL_LAYERS))
+        logits = self.classifier(self._read(output))
+        return ImageClassifierOutput(
+            loss=None if labels is None else self._loss(logits, labels),
+            logits=logits,
+            hidden_states=output.hidden_states if wants_layers else None,
+            attentions=output.attentions,
+        )
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.config.problem_type is None:
+            return nn.functional.cross_entropy(logits, labels)
+        return self.loss_function(labels, logits, self.config)
 
     def features(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
         """Return what the classifier reads, (B, num_vectors * d_model)."""
-        tokens = self.model.last_layers(
-            pixel_values, self.config.num_classification_layers, **kwargs
-        )
+        return self._read(self.model(pixel_values, **(kwargs | _ALL_LAYERS)))
+
+    def _read(self, output: DinoVitOutput) -> Tensor:
+        tokens = self.model.last_tokens(output, self.config.num_classification_layers)
         features = tokens[:, :, 0].transpose(0, 1).flatten(1)
         if not self.config.classify_patch_mean:
             return features
@@ -263,7 +295,7 @@ class DinoVitBackbone(BackboneMixin, DinoVitPreTrainedModel):
             pixel_values: (B, C, H, W) normalised images.
             **kwargs: For the attention backend.
         """
-        output = self.model(pixel_values, output_hidden_states=True, **kwargs)
+        output = self.model(pixel_values, **(kwargs | _ALL_LAYERS))
         height, width = (side // self.config.patch_size for side in pixel_values.shape[-2:])
         first_patch = 1 + self.config.num_registers
         maps = tuple(

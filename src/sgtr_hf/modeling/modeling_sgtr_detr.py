@@ -282,8 +282,11 @@ class SgtrDetrModel(SgtrDetrPreTrainedModel):
 
 
 def _make_backbone(config: SgtrDetrConfig) -> PreTrainedModel:
-    """Make the backbone; ours by its class, since `AutoBackbone` knows it only as registered."""
-    if isinstance(config.backbone_config, DinoVitConfig):
+    """Make the backbone; ours by its class, since `AutoBackbone` knows it only as registered.
+
+    Remote code of a configuration and of a model are loaded apart, so classes cannot be compared.
+    """
+    if getattr(config.backbone_config, "model_type", None) == DinoVitConfig.model_type:
         return DinoVitBackbone._from_config(config.backbone_config)
     return AutoBackbone.from_config(config.backbone_config)
 
