@@ -192,6 +192,33 @@ def test_a_streaming_run_resumes_to_the_bit(tmp_path, without_drawing, num_worke
         assert half[update] == whole[update], update
 
 
+def test_a_resumed_epoch_of_a_stream_loses_and_doubles_no_image(tmp_path, without_drawing):
+    data = write_shards(tmp_path / "data", [7, 5, 8])
+    make = partial(
+        streaming_recipe, data, tmp_path / "run", epochs=1, evaluate_every=100, batch_size=2
+    )
+    trained = []
+
+    def follow(trainer, stop_after):
+        original = trainer.task.prepare_update
+
+        def prepare_update(model, batches):
+            if trainer.progress.updates == stop_after:
+                trainer._save_checkpoint()
+                raise RuntimeError("killed")
+            trained.extend(name for batch in batches for name in trainer.task.image_ids(batch))
+            return original(model, batches)
+
+        trainer.task.prepare_update = prepare_update
+        return trainer
+
+    for stop_after in (2, 7):
+        with pytest.raises(RuntimeError, match="killed"):
+            follow(Trainer(make()), stop_after).run()
+    follow(Trainer(make()), -1).run()
+    assert Counter(trained) == {f"squares-{index}": 1 for index in range(20)}
+
+
 def test_scene_graphs_train_on_a_stream(tmp_path, without_drawing):
     data = write_shards(tmp_path / "data", [10, 12])
     recipe = streaming_recipe(data, tmp_path / "run", task="scene_graph", max_steps=2)
@@ -213,13 +240,32 @@ def test_a_stream_is_checked_before_training(tmp_path):
         Trainer(streaming_recipe(data, tmp_path / "run"))
 
 
-def test_a_broken_picture_names_its_image(tmp_path):
+def test_a_broken_picture_of_a_stream_is_passed_over_on_request(tmp_path, caplog):
+    records = [squares_record(index) for index in range(4)]
+    records[2]["image"] = {"bytes": b"broken", "path": None}
+    data = write_squares(tmp_path, train=records)
+    stream = load_image_stream(data, "train")
+    with pytest.raises(ValueError, match="Image squares-2: the picture cannot be read"):
+        list(stream)
+    stream.on_error = "drop"
+    assert [image.image_id for image in stream] == ["squares-0", "squares-1", "squares-3"]
+    assert "squares-2: the picture cannot be read" in caplog.text
+
+
+def test_a_broken_picture_names_its_image(caplog):
     features = scene_graph_features(ENTITIES, PREDICATES)
     records = [squares_record(index) for index in range(2)]
     records[1]["image"] = {"bytes": b"broken", "path": None}
     dataset = SceneGraphDataset(Dataset.from_list(records, features=features))
     with pytest.raises(ValueError, match=r"Image squares-1: the picture cannot be read.*validate"):
         dataset[1]
+    dataset.on_error = "drop"
+    assert [dataset[index].image_id for index in range(2)] == ["squares-0", "squares-0"]
+    assert "squares-1: the picture cannot be read" in caplog.text
+    assert "The next image takes its place." in caplog.text
+    dataset = SceneGraphDataset(dataset.split.select([1]), on_error="drop")
+    with pytest.raises(ValueError, match="None of the pictures can be read"):
+        dataset[0]
     records[1] = squares_record(1) | {"width": 50}
     dataset = SceneGraphDataset(Dataset.from_list(records, features=features))
     with pytest.raises(ValueError, match=r"squares-1: `width` and `height` are 50.*64 x 64 pixels"):

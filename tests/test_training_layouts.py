@@ -67,9 +67,11 @@ def assert_alike(results, expected):
         for part in ("gradients", "weights"):
             assert result[part].keys() == expected[part].keys()
             for name, tensor in result[part].items():
+                where = f"{part} of {name}"
                 torch.testing.assert_close(
-                    tensor, expected[part][name], atol=1e-5, rtol=1e-5, msg=f"{part} of {name}"
-                )
+                    tensor, expected[part][name], atol=1e-5, rtol=1e-5,
+                    msg=lambda text, where=where: f"{where}: {text}",
+                )  # fmt: skip
 
 
 def assert_moved(result, start):

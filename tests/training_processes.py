@@ -75,7 +75,7 @@ class _WithPlainSteps:
     """SGD, whose steps are the gradients, and no evaluation."""
 
     def make_optimizer(self, model):
-        return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02)
+        return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.005)
 
     def evaluate(self, model):
         return {self.best_figure: 0.0}

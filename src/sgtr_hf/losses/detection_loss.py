@@ -159,7 +159,12 @@ def entity_class_divisor(
 
 
 def entity_class_loss(
-    config: SgtrDetrConfig, logits: Tensor, targets: Tensor, divisor: Tensor | None
+    config: SgtrDetrConfig,
+    logits: Tensor,
+    targets: Tensor,
+    divisor: Tensor | None,
+    *,
+    only_matched: bool = False,
 ) -> Tensor:
     """Classify queries as entities or no-object; unweighted.
 
@@ -169,6 +174,7 @@ def entity_class_loss(
         targets: (L, B, N) classes, -1 for no-object.
         divisor: Scalar by `entity_class_divisor`; None, for softmax alone, averages over the
             queries of this batch.
+        only_matched: Leave queries without a class out instead of taking them for no-object.
 
     Returns:
         (L,) loss of each level.
@@ -176,7 +182,7 @@ def entity_class_loss(
     if config.classification == "softmax":
         no_object = logits.shape[-1] - 1
         class_weights = logits.new_ones(no_object + 1, dtype=torch.float32)
-        class_weights[no_object] = config.eos_coefficient
+        class_weights[no_object] = 0.0 if only_matched else config.eos_coefficient
         return weighted_cross_entropy(
             logits, torch.where(targets >= 0, targets, no_object), class_weights, divisor
         )
@@ -185,6 +191,8 @@ def entity_class_loss(
     loss = focal_loss(
         logits.float(), one_hot_or_zeros(targets, logits), config.focal_alpha, config.focal_gamma
     )
+    if only_matched:
+        loss = torch.where((targets >= 0)[..., None], loss, 0)
     return loss.sum((1, 2, 3)) / divisor
 
 

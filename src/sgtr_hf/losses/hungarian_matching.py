@@ -177,6 +177,8 @@ def assign(costs: Tensor, valid: Tensor) -> Tensor:
     return assign_all(AssignmentProblem(costs, valid))[0]
 
 
+# Of numpy and scipy, which `torch.compile` must not look into.
+@torch.compiler.disable
 def assign_all(*problems: AssignmentProblem) -> tuple[Tensor, ...]:
     """Solve several problems after a single copy to the host; see `assign`.
 

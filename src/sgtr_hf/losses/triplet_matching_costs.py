@@ -70,6 +70,8 @@ def triplet_matching_costs(
 
 
 @torch.no_grad()
+# As for `assign_all`.
+@torch.compiler.disable
 def legacy_triplet_matching(
     config: SgtrConfig,
     predictions: TripletPredictions,

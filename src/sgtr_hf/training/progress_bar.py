@@ -45,8 +45,8 @@ def describe(values: Mapping[str, float]) -> str:
     parts = {
         name.removeprefix("loss_"): value
         for name, value in values.items()
-        # Auxiliary levels end with their number.
-        if name.startswith("loss_") and not re.search(r"_\d+$", name)
+        # Auxiliary levels have a number.
+        if name.startswith("loss_") and not re.search(r"_\d+(_|$)", name)
     }
     largest = sorted(parts, key=lambda name: parts[name], reverse=True)[:_NUM_PARTS]
     entries = [f"loss {values['loss']:.3f}"]

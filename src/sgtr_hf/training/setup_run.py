@@ -169,12 +169,13 @@ def _load_pretrained_model(
     if recipe.task == "detection":
         kind, given = SgtrDetrForObjectDetection, {"id2label": id2label}
     else:
-        kind, given = scene_graph_class, {"id2predicate": id2predicate}
+        kind, given = scene_graph_class, {"id2label": id2label, "id2predicate": id2predicate}
     check_fields("model", recipe.model, kind.config_class, given=tuple(given))
     trained = kind.config_class.from_pretrained(source)
     fields = trained.to_dict() | _resolve_backbone("model", recipe.model) | given
-    if recipe.task == "scene_graph":
-        fields["detector_config"] |= {"id2label": id2label}
+    if getattr(trained, "id2predicate", id2predicate) != id2predicate:
+        # Those of the data, if any: the trained model's are of other predicates.
+        fields["predicate_frequencies"] = recipe.model.get("predicate_frequencies")
     config = make_config(kind.config_class, fields)
     return kind.from_pretrained(
         source, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
