@@ -17,8 +17,14 @@ from sgtr_hf.training.image_recipe import (
 from sgtr_hf.training.loop import Trainer
 from sgtr_hf.training.recipe import DataSettings, Recipe, TrainingSettings, load_recipe
 from sgtr_hf.training.tasks.self_distillation_task import SelfDistillationTask
-from tiny_pictures import distillation_recipe, write_picture_folder, write_picture_rows
+from tiny_pictures import (
+    distillation_recipe,
+    run_pretraining,
+    write_picture_folder,
+    write_picture_rows,
+)
 from tiny_training_run import losses_by_update, read_log
+from training_processes import start_group
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +122,27 @@ def test_accumulated_batches_move_the_center_as_one(data, tmp_path):
     )
     halves.run()
     torch.testing.assert_close(halves.model.center, plain.model.center, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_twice_the_batch(data, tmp_path):
+    fields = {"data": str(data), "model": {"drop_path": 0.0}}
+    Trainer(distillation_recipe(output_dir=tmp_path / "one", **fields)).run()
+    fields |= {"output_dir": str(tmp_path / "two"), "batch_size": 4}
+    group = start_group(run_pretraining, 2, fields)
+    for process in group:
+        process.join(300)
+    assert [process.exitcode for process in group] == [0, 0]
+    one, two = losses_by_update(tmp_path / "one"), losses_by_update(tmp_path / "two")
+    assert two == pytest.approx(one, rel=1e-4)
+    centers = [
+        DinoVitForPreTraining.from_pretrained(tmp_path / name / "final").center
+        for name in ("one", "two")
+    ]
+    torch.testing.assert_close(centers[0], centers[1], rtol=1e-3, atol=1e-5)
+    figures = [read_log(tmp_path / name, "validation")[6] for name in ("one", "two")]
+    for name in ("entropy_gap", "mean_entropy", "knn_top1"):
+        assert figures[0][name] == pytest.approx(figures[1][name], rel=1e-3), name
 
 
 def test_decoded_beforehand_shows_the_same(data, whole_run, tmp_path):

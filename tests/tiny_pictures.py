@@ -13,6 +13,7 @@ from sgtr_hf.training.image_recipe import (
     SelfDistillationRecipe,
     SelfDistillationTraining,
 )
+from sgtr_hf.training.loop import Trainer
 
 
 NAMES = ["red", "green", "blue"]
@@ -96,3 +97,8 @@ def classification_recipe(data, output_dir, model=None, data_fields=None, **trai
         model=VIT | (model or {}),
         image_processor=_processor(),
     )
+
+
+def run_pretraining(fields):
+    """Train to the end, in a process of a group."""
+    Trainer(distillation_recipe(**fields)).run()

@@ -10,8 +10,12 @@ from matplotlib.figure import Figure
 
 
 # Entries of a line that are no curves.
-_BOOKKEEPING = ("split", "step", "epoch", "seconds", "learning_rate")
-_METRICS = ("AP", "AP50", "R@20", "mR@20", "R@50", "mR@50", "baseline_R@20", "baseline_mR@20")
+_BOOKKEEPING = (
+    "split", "step", "epoch", "seconds", "learning_rate", "images_per_second", "weight_decay",
+    "teacher_momentum", "teacher_temperature",
+)  # fmt: skip
+_METRICS = ("AP", "AP50", "R@20", "mR@20", "R@50", "mR@50", "baseline_R@20", "baseline_mR@20",
+            "knn_top1", "top1", "top5")  # fmt: skip
 MAX_LOSSES = 8
 
 
