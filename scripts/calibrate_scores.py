@@ -6,6 +6,7 @@ triplet is the probability that it is annotated; use a split that training has n
 
 import argparse
 import sys
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
@@ -17,6 +18,7 @@ from sgtr_hf.data.training_dataset import Collator, SceneGraphDataset, load_spli
 from sgtr_hf.scene_graph import SceneGraph
 from sgtr_hf.training.evaluation import check_vocabularies
 from sgtr_hf.training.score_calibration import fit_calibration
+from sgtr_hf.visualization.evaluation_plots import draw_reliability_diagram
 
 
 def main() -> None:
@@ -26,6 +28,9 @@ def main() -> None:
     parser.add_argument("data", help="folder that datasets.load_dataset reads")
     parser.add_argument("--split", default="validation")
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument(
+        "--plots", type=Path, help="folder for reliability diagrams before and after"
+    )
     options = parser.parse_args()
     try:
         calibrate(options)
@@ -40,13 +45,19 @@ def calibrate(options: argparse.Namespace) -> None:
     check_vocabularies(model.config, dataset)
     predictions, references = predict(model, dataset, options)
     fitted = fit_calibration(model.config, predictions, references)
+    if options.plots is not None:
+        options.plots.mkdir(parents=True, exist_ok=True)
+        for name, report in (("before", fitted.before), ("after", fitted.after)):
+            draw_reliability_diagram(
+                {"calibration": report}, options.plots / f"reliability_{name}.png"
+            )
     model.config.score_temperature = round(fitted.score_temperature, 4)
     model.config.score_offset = round(fitted.score_offset, 4)
     model.config.save_pretrained(options.model)
     print(
         f"{fitted.num_triplets} triplets of {len(dataset)} images: temperature "
         f"{fitted.score_temperature:.4f}, offset {fitted.score_offset:.4f}; expected calibration "
-        f"error {fitted.error_before:.4f} before, {fitted.error_after:.4f} after"
+        f"error {fitted.before['ECE']:.4f} before, {fitted.after['ECE']:.4f} after"
     )
 
 

@@ -191,3 +191,17 @@ def test_assembling_finds_the_entity_that_the_indicator_describes():
     assert scores.argmax(-1)[0].tolist() == wanted.tolist()
     # One entity at the very place, with the very class: confidence alone is left.
     assert scores[0, 0, 2].item() == pytest.approx(0.9**config.assembling_exponent, rel=1e-5)
+
+
+def test_queries_have_no_order(pixel_values):
+    model = make_model(num_predicate_queries=6)
+    order = torch.tensor([4, 0, 5, 2, 1, 3])
+    with torch.no_grad():
+        before = model(pixel_values)
+        generator = model.model.predicate_node_generator
+        for role in ("predicate", "subject", "object"):
+            embedding = getattr(generator, f"{role}_query_embedding")
+            embedding.weight.copy_(embedding.weight[order])
+        after = model(pixel_values)
+    for name in ("predicate_logits", "subject_boxes", "object_logits", "subject_scores"):
+        torch.testing.assert_close(after[name], before[name][:, order], rtol=0, atol=1e-5)

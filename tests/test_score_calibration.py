@@ -46,7 +46,8 @@ def test_calibration_finds_the_temperature_and_the_offset():
     assert fitted.score_temperature == pytest.approx(2.0, abs=0.3)
     assert fitted.score_offset == pytest.approx(-0.5, abs=0.15)
     assert fitted.num_triplets == 2000
-    assert fitted.error_after < 0.03 < fitted.error_before
+    assert fitted.after["ECE"] < 0.03 < fitted.before["ECE"]
+    assert sum(fitted.before["bins"]["count"]) == 2000
 
 
 def test_emitted_triplets_undo_the_present_settings():

@@ -4,7 +4,7 @@ K emitted triplets of all images, P predicates.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,9 +29,9 @@ class Calibration(NamedTuple):
 
     score_temperature: float
     score_offset: float
-    error_before: float
-    """Expected calibration error of the scores as they were."""
-    error_after: float
+    before: dict[str, Any]
+    """Calibration of the scores as they were: "ECE" and "bins"."""
+    after: dict[str, Any]
     num_triplets: int
 
 
@@ -95,8 +95,8 @@ def fit_calibration(
     return Calibration(
         temperature,
         offset,
-        expected_error(emitted.scores(*present), emitted.is_right),
-        expected_error(emitted.scores(temperature, offset), emitted.is_right),
+        _reliability(emitted.scores(*present), emitted.is_right),
+        _reliability(emitted.scores(temperature, offset), emitted.is_right),
         len(emitted.is_right),
     )
 
@@ -123,10 +123,9 @@ def read_emitted_triplets(
     return EmittedTriplets(np.concatenate(logits), np.concatenate(factors), np.concatenate(rights))
 
 
-def expected_error(scores: FloatArray, is_right: NDArray[np.bool_]) -> float:
-    """Return the expected calibration error of scores (K,) in any order."""
+def _reliability(scores: FloatArray, is_right: NDArray[np.bool_]) -> dict[str, Any]:
     order = np.argsort(scores, kind="stable")
-    return float(report_calibration(scores[order], is_right[order])["ECE"])
+    return report_calibration(scores[order], is_right[order])
 
 
 def _sigmoid(values: FloatArray) -> FloatArray:
