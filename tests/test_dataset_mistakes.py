@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 
 import dataset_files as files
+import sgtr_hf
 from sgtr_hf.data.coco_reader import read_coco, read_coco_rel, read_coco_rel_annotations
+from sgtr_hf.data.dataset_formats import open_dataset
 from sgtr_hf.data.gqa_reader import read_gqa, read_gqa200
 from sgtr_hf.data.open_images_reader import read_open_images, read_open_images_csv
 from sgtr_hf.data.psg_reader import read_psg
@@ -190,6 +192,11 @@ def test_pictures_are_decoded_on_request(tmp_path):
     assert len(list(source.checked())) == 2
     with pytest.raises(ValueError, match=r"Image b: the picture .*b\.jpg cannot be read.*1 good"):
         list(source.checked(pictures=True))
+    picture.write_bytes(b"no picture")
+    with pytest.raises(
+        ValueError, match=r"b\.jpg cannot be read: it is not a picture of any known"
+    ):
+        list(source.checked(pictures=True))
     picture.unlink()
     with pytest.raises(ValueError, match=r"Image b: the picture .*No such file"):
         list(source.checked(pictures=True))
@@ -204,6 +211,15 @@ def test_pictures_are_decoded_on_request(tmp_path):
     exif[0x0112] = 6
     Image.new("RGB", (160, 80)).save(picture, exif=exif)
     assert len(list(source.checked(pictures=True))) == 2
+
+
+@pytest.mark.parametrize("name", ["no.json", "no.parquet", "folder", "deep/in/folders"])
+def test_paths_that_are_not_there(name, tmp_path):
+    for path in (tmp_path / name, f"{name}/./x.csv"):
+        with pytest.raises(ValueError, match="There is no file or folder"):
+            open_dataset(path)
+        with pytest.raises(ValueError, match="There is no file or folder"):
+            sgtr_hf.data.load(path)
 
 
 def test_what_ends_a_reading_says_how_far_it_came(tmp_path):

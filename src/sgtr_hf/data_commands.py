@@ -88,12 +88,12 @@ class _Messages:
         self.broken: list[str] = []
 
     def add(self, message: str) -> None:
-        print(f"{self.place}: {message}")
+        _print_above_bar(f"{self.place}: {message}")
         self.count += 1
 
     def add_broken(self, message: str) -> None:
         """Print what already names its file."""
-        print(message)
+        _print_above_bar(message)
         self.count += 1
         self.images += 1
         self.broken.append(message)
@@ -193,6 +193,8 @@ def load_data_module(module: str) -> ModuleType:
         ImportError: With the remedy, if one of its libraries is not installed.
     """
     try:
+        # Commands show one bar, of images.
+        importlib.import_module("datasets").disable_progress_bars()
         return importlib.import_module(f".data.{module}", __package__)
     except ImportError as error:
         raise ImportError(
@@ -224,3 +226,10 @@ def show_progress(records: Any, source: Any) -> Iterator[Any]:
     from tqdm import tqdm
 
     yield from tqdm(records, unit="image", total=source.count)
+
+
+def _print_above_bar(line: str) -> None:
+    """Print a line where a progress bar may be."""
+    from tqdm import tqdm
+
+    tqdm.write(line)

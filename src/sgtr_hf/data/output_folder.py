@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from .record_checks import picture_bytes
+from .record_checks import picture_bytes, picture_reason
 from .record_source import Record
 
 
@@ -31,9 +31,10 @@ def embedded_image(record: Record) -> dict[str, Any]:
     try:
         content = picture_bytes(entry)
         Image.open(io.BytesIO(content)).verify()
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(
-            f"Image {record['image_id']}: the picture {entry.get('path')} cannot be read: {error}"
+            f"Image {record['image_id']}: the picture {entry.get('path')} cannot be read: "
+            f"{picture_reason(error)}."
         ) from error
     return {"bytes": content, "path": Path(entry.get("path") or "").name or None}
 

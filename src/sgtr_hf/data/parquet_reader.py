@@ -1,6 +1,7 @@
 """Reads Parquet shards, local or from the Hub: the one schema, and COCO columns with relations."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,8 @@ def open_split(path: str | Path, split: str, **options: Any) -> Any:
     Raises:
         ValueError: If there is no such data set or split.
     """
+    if not Path(path).exists() and not _may_be_on_hub(str(path)):
+        raise ValueError(f"There is no file or folder {path}.")
     reasons = []
     for name in _SAME_SPLITS.get(split, (split,)):
         arguments: dict[str, Any] = {"path": str(path)}
@@ -114,6 +117,12 @@ def open_split(path: str | Path, split: str, **options: Any) -> Any:
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             reasons.append(error)
     raise ValueError(f"{path} has no readable split {split!r}: {reasons[0]}") from reasons[0]
+
+
+def _may_be_on_hub(path: str) -> bool:
+    """Tell names of repositories from paths and names of files."""
+    is_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) is not None
+    return is_name and Path(path).suffix not in (".json", ".csv", ".h5", ".hdf5", ".parquet")
 
 
 def _count(path: str | Path, stream: datasets.IterableDataset) -> int | None:

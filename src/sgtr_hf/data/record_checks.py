@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 
 _BOX_LENGTH = 4
@@ -68,7 +68,8 @@ def find_picture_problem(record: Mapping[str, Any]) -> Problem | None:
     try:
         size = _decoded_size(entry)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        message = f"Image {image_id}: the picture {entry.get('path')} cannot be read: {error}."
+        reason = picture_reason(error)
+        message = f"Image {image_id}: the picture {entry.get('path')} cannot be read: {reason}."
         return Problem("image", 0, "picture", message)
     if size == expected:
         return None
@@ -92,6 +93,13 @@ def picture_bytes(entry: Mapping[str, Any]) -> bytes:
     if not entry.get("path"):
         raise ValueError("it has neither bytes nor a path")
     return Path(entry["path"]).read_bytes()
+
+
+def picture_reason(error: Exception) -> str:
+    """Say why a picture cannot be read; Pillow's own words name an object in memory."""
+    if isinstance(error, UnidentifiedImageError):
+        return "it is not a picture of any known kind"
+    return str(error)
 
 
 def box_from_corners(values: Any, field: str = "bbox") -> list[float]:
