@@ -6,7 +6,12 @@ import pytest
 import torch
 from PIL import Image
 
-from sgtr_hf import DinoVitForImageClassification, DinoVitImageProcessor, DinoVitModel
+from sgtr_hf import (
+    DinoVitForImageClassification,
+    DinoVitForPreTraining,
+    DinoVitImageProcessor,
+    DinoVitModel,
+)
 from sgtr_hf.data.picture_source import PictureFiles, open_pictures
 from sgtr_hf.self_supervision.feature_extraction import (
     class_token,
@@ -126,6 +131,23 @@ def test_features_are_those_of_the_model_in_any_batches(batch_size, model, tmp_p
         with torch.no_grad():
             [pixels] = prepare([Image.open(file)])
             torch.testing.assert_close(vector, model(pixels[None]).pooler_output[0])
+
+
+def test_workers_read_each_picture_of_a_stream_once(color_folder, tmp_path):
+    folder = open_pictures(color_folder)
+    for shard in range(2):
+        files = [str(file) for file in folder.files[shard::2]]
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+        columns = {"image": files, "label": folder.labels[shard::2]}
+        rows = datasets.Dataset.from_dict(columns, features)
+        rows.to_parquet(tmp_path / "shards" / f"train-{shard:05d}-of-00002.parquet")
+    stream = open_pictures(tmp_path / "shards", streaming=True)
+    prepare = ProcessorPreparation(small_processor())
+    found = collect_features(
+        extract_features(stream, prepare, raw_pixels, batch_size=4, num_workers=2)
+    )
+    assert sorted(found.labels.tolist()) == folder.labels
+    assert len(found.vectors.unique(dim=0)) == 12
 
 
 def test_features_are_written_and_read_again(color_folder, model, tmp_path):
@@ -254,5 +276,12 @@ def test_models_are_loaded_from_any_class(model, tmp_path, checkpoint_folder):
     first = untrained.embedding.projection.weight
     assert not first.equal(model.embedding.projection.weight)
     assert first.equal(again.embedding.projection.weight)
+    pretraining = DinoVitForPreTraining(small_vit_config(num_prototypes=8, head_hidden_dim=16))
+    pretraining.model.load_state_dict(model.state_dict())
+    pretraining.save_pretrained(tmp_path / "pretraining")
+    small_processor().save_pretrained(tmp_path / "pretraining")
+    teacher, _ = load_vision_transformer(str(tmp_path / "pretraining"))
+    for name, value in teacher.state_dict().items():
+        assert value.equal(model.state_dict()[name])
     with pytest.raises(ValueError, match="is a sgtr checkpoint"):
         load_vision_transformer(str(checkpoint_folder))

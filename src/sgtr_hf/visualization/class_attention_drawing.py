@@ -62,9 +62,9 @@ def draw_class_attention(
 
 
 def overlay_heat(image: Image.Image, heat: NDArray[np.floating]) -> Image.Image:
-    """Lay a heat map (h, w) over its picture, brightest where it is largest."""
-    largest = float(heat.max())
-    strength = heat / largest if largest > 0 else heat
+    """Lay a heat map (h, w) over its picture, from its smallest to its largest value."""
+    lowest, highest = float(heat.min()), float(heat.max())
+    strength = (heat - lowest) / (highest - lowest) if highest > lowest else np.zeros(heat.shape)
     colors = (colormaps["inferno"](strength)[..., :3] * 255).astype(np.uint8)
     layer = Image.fromarray(colors).resize(image.size, Image.Resampling.NEAREST)
     return Image.blend(image, layer, _HEAT_OPACITY)
