@@ -89,6 +89,8 @@ def test_settings_out_of_range_are_errors(tmp_path):
         ClassificationData("x", crop_scale=[0.5])
     with pytest.raises(ValueError, match="label_smoothing"):
         ClassificationTraining("run", epochs=1, label_smoothing=1.0)
+    with pytest.raises(ValueError, match=r"validation_split` must be named"):
+        ClassificationData("x", validation_split=None)
     path = tmp_path / "recipe.yaml"
     path.write_text("task: classification\ndata: {path: x}\ntraining: {output_dir: r, epochs: 1}\n")
     with pytest.raises(ValueError, match=r"no entry `data\.crops`; known are .*crop_scale"):

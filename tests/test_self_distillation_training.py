@@ -160,6 +160,18 @@ def test_folders_of_images_train(tmp_path, with_classes):
     assert figures["entropy_gap"] > -1e-6
 
 
+def test_a_folder_without_splits_trains(tmp_path):
+    write_picture_folder(tmp_path / "data", with_classes=False)
+    recipe = distillation_recipe(
+        tmp_path / "data" / "train", tmp_path / "run", max_steps=3, warmup_epochs=0.5,
+        data_fields={"train_split": None, "validation_split": None},
+    )  # fmt: skip
+    Trainer(recipe).run()
+    figures = read_log(tmp_path / "run", "validation")[3]
+    assert figures["knn_top1"] is None
+    assert figures["mean_entropy"] > 0
+
+
 def test_streams_train_and_resume_to_the_bit(tmp_path):
     data = write_picture_rows(tmp_path / "data", num_shards=2)
     stream = {"streaming": True, "images_per_epoch": 20, "shuffle_buffer": 5}
@@ -255,6 +267,7 @@ def test_recipes_are_read_by_task(tmp_path):
         ("data.flip_swaps=[]", r"data\.flip_swaps` has no use"),
         ("data.brightness=0.5", r"data\.brightness` has no use.*data\.crops"),
         ("data.streaming=true", r"images_per_epoch"),
+        ("data={path: x, streaming: true, images_per_epoch: 9, validation_split: null}", "named"),
         ("data.crops.local_scale=[0.5, 0.1]", "local_scale"),
         ("data.crops.blur_probabilities=[0.5]", "must be three"),
         ("data.crops.gray_probability=2.0", "between 0 and 1"),

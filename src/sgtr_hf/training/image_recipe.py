@@ -17,8 +17,9 @@ class ImageDataSettings(DataSettings):
     Of the settings of annotated images, those about boxes and relations have no use here.
 
     Args:
-        train_split: Split, or sub-folder of a folder of images, to train on.
-        validation_split: Likewise to evaluate on.
+        train_split: Split, or sub-folder of a folder of images, to train on; null takes the whole.
+        validation_split: Likewise to evaluate on; null has self-distillation measure entropies of
+            training images, without neighbours.
         image_column: Column of the images; found if null.
         label_column: Column of the classes; found if null.
         cache_images: Decode all training images once and keep them in memory; for small images of
@@ -26,8 +27,8 @@ class ImageDataSettings(DataSettings):
         images_per_epoch: Images of an epoch of a stream, which has no length of its own.
     """
 
-    train_split: str = "train"
-    validation_split: str = "validation"
+    train_split: str | None = "train"
+    validation_split: str | None = "validation"
     image_column: str | None = None
     label_column: str | None = None
     cache_images: bool = False
@@ -47,6 +48,10 @@ class ImageDataSettings(DataSettings):
         if self.images_per_epoch is not None and self.images_per_epoch < 1:
             raise ValueError(
                 f"`data.images_per_epoch` must be at least 1, got {self.images_per_epoch}."
+            )
+        if self.streaming and self.validation_split is None:
+            raise ValueError(
+                "`data.validation_split` must be named for a stream, whose images have no place."
             )
         if self.streaming and self.cache_images:
             raise ValueError(
@@ -88,6 +93,10 @@ class ClassificationData(ImageDataSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.validation_split is None:
+            raise ValueError(
+                "`data.validation_split` must be named: classifiers are measured on it."
+            )
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:  # noqa: PLR2004
             raise ValueError(
                 "`data.crop_scale` must be a least and a largest share in (0, 1], got "

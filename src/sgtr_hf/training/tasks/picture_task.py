@@ -44,7 +44,9 @@ class PictureTask(TrainingTask):
         self.data = data
         self.image_processor = _make_image_processor(recipe)
         self.pictures = self._open(data.train_split, streaming=data.streaming)
-        self.validation = self._open(data.validation_split)
+        self.validation = self.pictures
+        if data.validation_split is not None:
+            self.validation = self._open(data.validation_split)
         self.label_names: list[str] | None = self.pictures.label_names
         self.num_images = data.images_per_epoch or len(self.pictures)
 
@@ -114,7 +116,7 @@ class PictureTask(TrainingTask):
         share = range(accelerator.process_index, len(pictures), accelerator.num_processes)
         return Subset(pictures, list(share))
 
-    def _open(self, split: str, *, streaming: bool = False) -> Any:
+    def _open(self, split: str | None, *, streaming: bool = False) -> Any:
         data = self.data
         return open_pictures(
             data.path,

@@ -137,7 +137,9 @@ class SelfDistillationTask(PictureTask):
             meter.add(pretraining.head(tokens))
             return tokens
 
-        queries = self._features(self.validation, compute_and_measure)
+        has_validation = self.data.validation_split is not None
+        pictures = self.validation if has_validation else self._bank_pictures()
+        queries = self._features(pictures, compute_and_measure)
         entropies = meter.compute(self.accelerator)
         figures: dict[str, Any] = {
             "knn_top1": None,
@@ -148,7 +150,7 @@ class SelfDistillationTask(PictureTask):
         warning = describe_collapse(entropies, self.training.least_entropy_gap)
         if warning and self._epochs >= self.may_collapse_from:
             logger.warning("%s", warning)
-        if self.validation.label_names is not None:
+        if has_validation and self.validation.label_names is not None:
             bank = self._features(
                 self._bank_pictures(), lambda pixels: pretraining.model(pixels).pooler_output
             )
