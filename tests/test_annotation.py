@@ -1,5 +1,6 @@
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -266,3 +267,20 @@ def test_kill_and_two_processes(pictures, whole, model_folder, tmp_path):
         assert f"process {rank} of 2" in finished.stdout
     assert PredictionFile(tmp_path / "out").count == COUNT
     assert set(read(tmp_path / "out")) == set(read(whole))
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_corpus(annotator, pictures, tmp_path):
+    file = next(pictures.rglob("*.png")).read_bytes()
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    peaks = []
+    for count in (300, 1500):
+        for number in range(count):
+            (folder / f"{number:05d}.png").write_bytes(file)
+        corpus = open_corpus(folder, "train", 500)
+        output = tmp_path / f"out-{count}"
+        annotator(output, batch_size=8, chunk_images=500, top_k=50).run(corpus)
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    # In kilobytes.
+    assert peaks[1] - peaks[0] < 30_000

@@ -106,6 +106,21 @@ def test_the_card_tells_data_recipe_and_figures(folder):
     }
 
 
+def test_without_a_report_the_card_has_the_figures_of_the_training(folder):
+    record = RECORD | {"figures": {"R@20": 0.125, "details": {}}}
+    (folder.parent / "training.json").write_text(json.dumps(record))
+    text = make_card(read_facts(folder), "somebody/desks", None, EXAMPLE)
+    assert "validation split, at the end of training" in text
+    assert "| R@20 | 0.1250 |" in text
+
+
+@pytest.mark.parametrize("name", ["evaluation.json", "training.json"])
+def test_files_of_something_else_are_an_error(folder, name):
+    (folder / name).write_text('{"loss": 1}')
+    with pytest.raises(ValueError, match=rf"{name} lacks .*Rename it"):
+        read_facts(folder)
+
+
 def test_the_text_of_an_own_card_stays(folder):
     own = "---\nlicense: mit\ntags: [mine]\n---\n# Written by hand\n\nOf desks.\n"
     (folder / "README.md").write_text(own)

@@ -60,6 +60,18 @@ _CITATIONS = {
 }""",
 }
 _SHOWN_NAMES = 200
+_REPORT_ENTRIES = ("data", "split", "mode", "images", "version", "figures")
+_RECORD_ENTRIES = (
+    "command",
+    "recipe",
+    "images_seen",
+    "training_minutes",
+    "processes",
+    "threads",
+    "seed",
+    "processor",
+    "versions",
+)
 
 
 class ModelFacts(NamedTuple):
@@ -96,13 +108,15 @@ def read_facts(folder: Path) -> ModelFacts:
         if (place / RECORD_NAME).is_file():
             trainings = _read_records(place / RECORD_NAME)
             break
-    report = folder / REPORT_NAME
+    report = read_json(folder / REPORT_NAME) if (folder / REPORT_NAME).is_file() else None
+    if report is not None:
+        _check_entries(folder / REPORT_NAME, report, _REPORT_ENTRIES)
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else MARK
     return ModelFacts(
         read_json(folder / "config.json"),
         trainings,
-        read_json(report) if report.is_file() else None,
+        report,
         None if MARK in text else text,
     )
 
@@ -110,7 +124,19 @@ def read_facts(folder: Path) -> ModelFacts:
 def _read_records(path: Path) -> list[Mapping[str, Any]]:
     """Records of one run, or of several behind each other."""
     content = json.loads(path.read_text(encoding="utf-8"))
-    return content if isinstance(content, list) else [content]
+    records = content if isinstance(content, list) else [content]
+    for record in records:
+        _check_entries(path, record, _RECORD_ENTRIES)
+    return records
+
+
+def _check_entries(path: Path, content: Mapping[str, Any], names: Sequence[str]) -> None:
+    missing = [name for name in names if name not in content]
+    if missing:
+        raise ValueError(
+            f"{path} lacks {', '.join(missing)}; it is not what this package writes. Rename it to "
+            "leave it out of the card."
+        )
 
 
 def make_card(
@@ -142,7 +168,7 @@ def make_card(
         f"# {repo_id.rpartition('/')[2]}\n\n{_description(facts)}",
         usage.rstrip(),
         f"## Training data and recipe\n\n{_training(facts.trainings)}",
-        f"## Figures\n\n{_figures(facts.report)}",
+        f"## Figures\n\n{_figures(facts)}",
         f"## Limitations\n\n{_limitations(facts)}",
         f"## Citation\n\n```bibtex\n{_CITATIONS[facts.config['model_type']]}\n```",
         f"## Licence\n\nWeights: {known['license']}. Code: Apache-2.0, sgtr_hf {__version__}.",
@@ -245,20 +271,26 @@ On {last["processor"]}, with {versions}. The last recipe with all its defaults:
 ```"""
 
 
-def _figures(report: Mapping[str, Any] | None) -> str:
-    if report is None:
-        return "None were measured on a split that is named here."
-    rows = "\n".join(
-        f"| {name} | {value:.4f} |"
-        for name, value in report["figures"].items()
-        if isinstance(value, (int, float))
-    )
-    return f"""{report["images"]} images of `{report["data"]}`, split {report["split"]}, mode
+def _figures(facts: ModelFacts) -> str:
+    report = facts.report
+    if report is not None:
+        return f"""{report["images"]} images of `{report["data"]}`, split {report["split"]}, mode
 {report["mode"]}, by `scripts/evaluate_model.py` of sgtr_hf {report["version"]}:
 
-| figure | value |
-|---|---|
-{rows}"""
+{_table(report["figures"])}"""
+    figures = facts.trainings[-1].get("figures") if facts.trainings else None
+    if figures:
+        return f"On the validation split, at the end of training:\n\n{_table(figures)}"
+    return "None were measured."
+
+
+def _table(figures: Mapping[str, Any]) -> str:
+    rows = [
+        f"| {name} | {value:.4f} |"
+        for name, value in figures.items()
+        if isinstance(value, (int, float))
+    ]
+    return "\n".join(["| figure | value |", "|---|---|", *rows])
 
 
 def _limitations(facts: ModelFacts) -> str:
