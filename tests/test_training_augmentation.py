@@ -188,6 +188,25 @@ def test_colors_change_pixels_and_nothing_else(picture, annotation, field):
     assert image.tobytes() == gray.tobytes()
 
 
+def test_sizes_and_colors_are_those_of_pillow(picture, annotation):
+    image, _ = resize(picture, annotation, 40, 100)
+    assert image.tobytes() == picture.resize((60, 40), Image.Resampling.BILINEAR).tobytes()
+    for seed in range(5):
+        # The first number drawn is that of the mirror.
+        _, number = np.random.default_rng(seed).uniform(size=2)
+        settings = Augmentation(saturation=0.4)
+        image, _ = augment(picture, annotation, settings, np.random.default_rng(seed))
+        expected = ImageEnhance.Color(picture).enhance(0.6 + 0.8 * number)
+        assert image.tobytes() == expected.tobytes()
+        settings = Augmentation(hue=0.4)
+        image, _ = augment(picture, annotation, settings, np.random.default_rng(seed))
+        hue, *others = (np.asarray(band) for band in picture.convert("HSV").split())
+        # The circle has 256 steps, of which torchvision takes 255 for a whole turn.
+        turned = ((hue.astype(int) + int((0.8 * number - 0.4) * 255)) % 256).astype(np.uint8)
+        bands = [Image.fromarray(band) for band in (turned, *others)]
+        assert image.tobytes() == Image.merge("HSV", bands).convert("RGB").tobytes()
+
+
 def test_left_and_right_are_found_by_name(caplog):
     names = ["on", "to the left of", "Right of", "left of", "to the right of", "left hand in",
              "bright", "right_of", "left_of"]  # fmt: skip
