@@ -123,8 +123,6 @@ class DinoVitConfig(BackboneConfigMixin, PreTrainedConfig):
                 "`num_classification_layers` must be between 1 and `num_hidden_layers` "
                 f"({self.num_hidden_layers}), got {self.num_classification_layers}."
             )
-        if self.num_registers < 0:
-            raise ValueError(f"`num_registers` must be at least 0, got {self.num_registers}.")
 
     def validate_stem(self) -> None:
         """Reject a convolutional stem that cannot halve its way down to patches."""

@@ -1,6 +1,7 @@
 """SGTR (Li et al. 2022) and SGTR+: an image becomes entity and predicate nodes and their graph."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -230,8 +231,9 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
         )
         output = self._summarize(nodes.entity_levels, triplets)
         if annotations is not None:
-            output.loss_dict = self.losses(nodes, triplets, image_sizes, annotations)
-            output.loss = torch.stack(list(output.loss_dict.values())).sum()
+            losses = self.losses(nodes, triplets, image_sizes, annotations)
+            # An output that gets fields afterwards would not list them among its items.
+            output = replace(output, loss=torch.stack([*losses.values()]).sum(), loss_dict=losses)
         return output
 
     def loss_counts(self, labels: Sequence[dict[str, Tensor]], num_batches: int = 1) -> LossCounts:

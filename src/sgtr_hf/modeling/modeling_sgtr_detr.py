@@ -1,6 +1,7 @@
 """The detector: DETR (Carion et al. 2020) with learned or anchor queries."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -337,8 +338,9 @@ class SgtrDetrForObjectDetection(SgtrDetrPreTrainedModel):
         output = self.summarize(model_output, levels)
         if annotations is not None:
             matches = assign_all(*self.matching_problems(model_output, levels, annotations))
-            output.loss_dict = self.losses(model_output, levels, annotations, matches)
-            output.loss = torch.stack(list(output.loss_dict.values())).sum()
+            losses = self.losses(model_output, levels, annotations, matches)
+            # An output that gets fields afterwards would not list them among its items.
+            output = replace(output, loss=torch.stack([*losses.values()]).sum(), loss_dict=losses)
         return output
 
     def loss_counts(self, labels: Sequence[dict[str, Tensor]], num_batches: int = 1) -> LossCounts:
