@@ -28,7 +28,7 @@ def make_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.
 
 
 def clip_each_gradient(model: nn.Module, limit: float) -> None:
-    """Scale every gradient whose norm is larger down to the limit, each on its own (as DINO does).
+    """Scale every gradient whose norm is larger down to the limit, each on its own, as SGTR does.
 
     Args:
         model: Its gradients are changed in place.
