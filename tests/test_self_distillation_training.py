@@ -291,6 +291,24 @@ def test_a_recipe_of_another_kind_is_an_error():
     assert SelfDistillationTraining("run", epochs=1).gradient_clip_norm_per_tensor == 3.0
 
 
+def test_mistakes_are_found_before_training(data, tmp_path):
+    for fields, words in (
+        ({"data_fields": {"train_split": "training"}}, r"`data\.path`.*`data\.train_split`"),
+        ({"model": {"patch_size": 16}}, r"`data\.crops\.local_size` must be at least a patch"),
+        ({"warmup_epochs": 2.0}, r"training\.warmup_epochs"),
+        ({"batch_size": 25}, r"24 images.*training\.batch_size"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Trainer(distillation_recipe(data, tmp_path / "run", **fields))
+    recipe = distillation_recipe(data, tmp_path / "run")
+    recipe.pretrained_model = str(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"`pretrained_model` .*nowhere"):
+        Trainer(recipe)
+    recipe.image_processor = {}
+    with pytest.raises(ValueError, match="has no image processor"):
+        Trainer(recipe)
+
+
 def test_pictures_of_several_sizes_cannot_be_decoded_into_one_array(tmp_path):
     folder = write_picture_folder(tmp_path / "data")
     Image.new("RGB", (20, 16)).save(folder / "train" / "red" / "99.png")

@@ -60,7 +60,13 @@ class PictureTask(TrainingTask):
         check_fields("model", recipe.model, DinoVitConfig, given=tuple(given))
         if recipe.pretrained_model is None:
             return kind(make_config(DinoVitConfig, recipe.model | given))
-        trained = DinoVitConfig.from_pretrained(recipe.pretrained_model).to_dict()
+        try:
+            trained = DinoVitConfig.from_pretrained(recipe.pretrained_model).to_dict()
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"`pretrained_model` {recipe.pretrained_model} is no folder or Hub id of a vision "
+                f"transformer: {error}"
+            ) from error
         config = make_config(DinoVitConfig, trained | recipe.model | given)
         # Weights are trained in float32, whatever they were stored in.
         return kind.from_pretrained(
@@ -118,18 +124,33 @@ class PictureTask(TrainingTask):
 
     def _open(self, split: str | None, *, streaming: bool = False) -> Any:
         data = self.data
-        return open_pictures(
-            data.path,
-            split,
-            image_column=data.image_column,
-            label_column=data.label_column,
-            streaming=streaming,
-        )
+        try:
+            return open_pictures(
+                data.path,
+                split,
+                image_column=data.image_column,
+                label_column=data.label_column,
+                streaming=streaming,
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"`data.path`: {error} `data.train_split` and `data.validation_split` name the "
+                "splits."
+            ) from error
+
+
+def _load_image_processor(source: str) -> DinoVitImageProcessor:
+    try:
+        return DinoVitImageProcessor.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`pretrained_model` {source} has no image processor that loads: {error}"
+        ) from error
 
 
 def _make_image_processor(recipe: Recipe) -> DinoVitImageProcessor:
     if not recipe.image_processor and recipe.pretrained_model is not None:
-        return DinoVitImageProcessor.from_pretrained(recipe.pretrained_model)
+        return _load_image_processor(recipe.pretrained_model)
     known = {"size", "crop_size", "resample", "do_resize", "do_center_crop", "do_rescale",
              "rescale_factor", "do_normalize", "image_mean", "image_std",
              "do_convert_rgb"}  # fmt: skip

@@ -69,7 +69,14 @@ class SelfDistillationTask(PictureTask):
 
     def make_model(self) -> PreTrainedModel:
         """Build student and teacher."""
-        return self.make_vision_transformer()
+        model = self.make_vision_transformer()
+        for name in ("global_size", "local_size"):
+            size, least = getattr(self.crops, name), model.config.patch_size
+            if size < least:
+                raise ValueError(
+                    f"`data.crops.{name}` must be at least a patch ({least} pixels), got {size}."
+                )
+        return model
 
     def make_optimizer(self, model: PreTrainedModel) -> torch.optim.Optimizer:
         """AdamW on the student; rate and decay come from the schedule."""
