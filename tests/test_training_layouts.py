@@ -81,7 +81,10 @@ def assert_moved(result, start):
     assert len(result["counts"]) == NUM_UPDATES == len(start["counts"])
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param("detection", marks=pytest.mark.slow), "softmax detection", "SGTR", "SGTR+"],
+)
 def test_processes_and_accumulation_change_nothing(data, tmp_path, kind):
     (expected,) = train(data, tmp_path, kind, (1, 8, 1))
     accumulated = train(data, tmp_path, kind, (1, 4, 2))
@@ -90,7 +93,9 @@ def test_processes_and_accumulation_change_nothing(data, tmp_path, kind):
     assert_alike(train(data, tmp_path, kind, (2, 4, 1)), expected)
 
 
-@pytest.mark.parametrize("kind", ["softmax detection", "SGTR+"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("softmax detection", marks=pytest.mark.slow), "SGTR+"]
+)
 def test_a_process_without_annotations_changes_nothing(data, tmp_path, kind):
     (expected,) = train(data, tmp_path, kind, (1, 2, 1))
     results = train(data, tmp_path, kind, (2, 1, 1))

@@ -59,7 +59,7 @@ ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
 def run_two_processes(folder, **fields):
     return subprocess.run(
         command_of_two_processes(folder, **fields), env=ENVIRONMENT, capture_output=True,
-        text=True, timeout=300, check=False,
+        text=True, timeout=900, check=False,
     )  # fmt: skip
 
 
@@ -141,7 +141,7 @@ def test_the_documented_command_runs(data, tmp_path):
     script = Path(__file__).parents[1] / "scripts" / "train_detr.py"
     done = subprocess.run(
         [sys.executable, script, tmp_path / "recipe.yaml", "training.seed=3"],
-        capture_output=True, text=True, timeout=300, check=False,
+        capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "final" / "model.safetensors").is_file()

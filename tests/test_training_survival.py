@@ -29,9 +29,11 @@ def data(tmp_path_factory):
     return write_squares(tmp_path_factory.mktemp("squares"))
 
 
-@pytest.fixture(autouse=True)
-def without_drawing(monkeypatch):
-    monkeypatch.setattr("sgtr_hf.training.loop.draw_training_curves", lambda *_: None)
+@pytest.fixture(autouse=True, scope="module")
+def without_drawing():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sgtr_hf.training.loop.draw_training_curves", lambda *_: None)
+        yield
 
 
 def fields_of(data, output_dir, **training):
@@ -51,11 +53,19 @@ def whole_run(data, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def short_run(data, tmp_path_factory):
+    """A run with checkpoints of updates 1, 2 and 3."""
+    folder = tmp_path_factory.mktemp("short")
+    fields = {"checkpoint_every": 0.2, "evaluate_every": 100, "keep_checkpoints": 3}
+    train(data, folder, max_steps=3, **fields)
+    return folder
+
+
 @pytest.fixture
-def checkpoints(data, tmp_path):
-    """The checkpoints of updates 1, 2 and 3."""
-    train(data, tmp_path, max_steps=3, checkpoint_every=0.2, evaluate_every=100, keep_checkpoints=3)
-    return list_checkpoints(tmp_path)
+def checkpoints(short_run, tmp_path):
+    """Copies of its checkpoints, to be spoilt."""
+    return list_checkpoints(shutil.copytree(short_run, tmp_path / "run"))
 
 
 def wait_for(condition, seconds=120):
