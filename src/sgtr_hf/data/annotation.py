@@ -28,6 +28,11 @@ from .prediction_file import PredictionWriter
 
 # Names that begin so are no part of a data set to those who read the folder as one.
 MANIFEST_NAME = "_annotation.json"
+_UNREADABLE = (
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
 # Batches that a worker may be ahead of the model.
 _AHEAD = 2
 
@@ -119,7 +124,7 @@ def _decode(image: CorpusImage) -> Image.Image:
         return read_image(image.path)
     try:
         opened = Image.open(io.BytesIO(image.encoded))
-    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except _UNREADABLE as error:
         raise ValueError(f"The picture cannot be decoded: {error}") from error
     return read_image(opened)
 
@@ -266,9 +271,11 @@ class Annotator:
         )
 
     def _write_errors(self, chunk: str, errors: Sequence[tuple[str, str]]) -> None:
+        path = self.output / f"_broken-{chunk}.jsonl"
+        # Of a run that was killed, which may have found other pictures here.
+        path.unlink(missing_ok=True)
         lines = [json.dumps({"image_id": image_id, "error": text}) for image_id, text in errors]
         if lines:
-            path = self.output / f"_broken-{chunk}.jsonl"
             path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def _check_manifest(self, corpus: Corpus) -> None:
