@@ -169,7 +169,7 @@ def _top(similarities: Tensor, count: int, length: int) -> Neighbours:
         return Neighbours(*similarities.topk(min(count, length), dim=1))
     # Members of a group lie `num_groups` apart: the maximum then runs along the rows of memory.
     grouped = similarities.view(len(similarities), _GROUP, num_groups)
-    groups = grouped.amax(1).topk(count, dim=1).indices
+    groups = grouped.amax(1).topk(count, dim=1, sorted=False).indices
     candidates = grouped.gather(2, groups[:, None].expand(-1, _GROUP, -1)).flatten(1)
     best, places = candidates.topk(count, dim=1)
     member = places.div(count, rounding_mode="floor")
