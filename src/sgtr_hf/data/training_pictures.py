@@ -184,10 +184,15 @@ class TrainingPictureStream(IterableDataset[ChangedPicture]):
 
 def _change(picture: Picture, change: Change, seed: Sequence[int]) -> ChangedPicture:
     state = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    # The model draws from the same generator in this process, and must not notice.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(state)
+    # The model draws from the same generator in this process, and must not notice. Not by
+    # `torch.manual_seed`, which seeds all devices too, and that takes longer than a change.
+    generator = torch.default_generator
+    before = generator.get_state()
+    generator.manual_seed(state)
+    try:
         pixels = change(picture.image)
+    finally:
+        generator.set_state(before)
     return ChangedPicture(pixels, picture.label, picture.name)
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ...data.picture_source import PictureStream
 from ...data.training_pictures import ChangedPicture
+from ...image_processing.batched_crops import BatchedMultiCrop, CropDraws
 from ...image_processing.multi_crop import MultiCrop, normalize_crops
 from ...modeling.modeling_dino_pretraining import DinoVitForPreTraining
 from ...self_supervision.feature_extraction import extract_features
@@ -84,8 +85,13 @@ class SelfDistillationTask(PictureTask):
 
     def training_loader(self, model: PreTrainedModel) -> Any:  # noqa: ARG002
         """Read images as crops."""
-        change = MultiCrop(self.crops, self.data.flip_probability)
-        return self.load_training_pictures(change, CropCollator(self.image_processor))
+        flips, processor = self.data.flip_probability, self.image_processor
+        if self.crops.batched:
+            crop = BatchedMultiCrop(self.crops, flips)
+            return self.load_training_pictures(
+                CropDraws(self.crops), BatchedCropCollator(processor, crop)
+            )
+        return self.load_training_pictures(MultiCrop(self.crops, flips), CropCollator(processor))
 
     def make_schedule(self, optimizer: torch.optim.Optimizer, length: RunLength) -> LRScheduler:
         """Lay out rate, decay, momentum and temperature of the run."""
@@ -210,6 +216,43 @@ class CropCollator:
             crops = torch.stack([getattr(item.pixels, field) for item in items], dim=1)
             batch[name] = normalize_crops(crops, self.mean, self.std) if len(crops) else None
         return batch
+
+
+class BatchedCropCollator:
+    """Makes a batch of images, and then its crops.
+
+    Args:
+        image_processor: Gives mean and standard deviation.
+        crop: Makes the crops.
+    """
+
+    def __init__(self, image_processor: Any, crop: BatchedMultiCrop) -> None:
+        self.mean, self.std = image_processor.image_mean, image_processor.image_std
+        self.crop = crop
+
+    def __call__(self, items: list[ChangedPicture]) -> dict[str, Any]:
+        """Return the same entries as `CropCollator`.
+
+        Raises:
+            ValueError: If the images are of several sizes.
+        """
+        images = [item.pixels.pixels for item in items]
+        for image, item in zip(images, items, strict=True):
+            if image.shape != images[0].shape:
+                raise ValueError(
+                    "`data.crops.batched` needs images of one size; "
+                    f"{item.name} has {image.shape[2]} x {image.shape[1]} pixels, "
+                    f"{items[0].name} {images[0].shape[2]} x {images[0].shape[1]}."
+                )
+        numbers = torch.stack([item.pixels.draws for item in items])
+        views, local = self.crop(torch.stack(images), numbers)
+        return {
+            "names": [item.name for item in items],
+            "pixel_values": normalize_crops(views, self.mean, self.std),
+            "local_pixel_values": normalize_crops(local, self.mean, self.std)
+            if len(local)
+            else None,
+        }
 
 
 def _pretraining(model: torch.nn.Module) -> DinoVitForPreTraining:
