@@ -243,6 +243,15 @@ def test_the_command_writes_what_evaluate_reads(pictures, model_folder, tmp_path
     assert "`chunk_images` 4, not 1000" in capsys.readouterr().err
 
 
+def test_processes_that_do_not_know_of_each_other_are_refused(
+    pictures, model_folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    arguments = ["annotate", str(pictures), str(tmp_path / "out"), "--model", str(model_folder)]
+    assert main(arguments) == 2
+    assert "2 processes were started, but accelerate sees 1" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_kill_and_two_processes(pictures, whole, model_folder, tmp_path):
     """kill -9 of a run at moments of any kind; then two processes of torchrun finish it."""

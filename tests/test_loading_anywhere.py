@@ -208,4 +208,5 @@ def test_the_card_is_filled_from_the_folder(package_user, published):
     assert MARK in text
     for words in ("SceneGraph(", "cup, table, box", "on, inside", "datasets/desks", "@inprocee"):
         assert words in text
-    assert Image.open(published / "sample_graph.png").width > 100
+    with Image.open(published / "sample_graph.png") as drawing:
+        assert drawing.width > 100

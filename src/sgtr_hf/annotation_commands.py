@@ -5,6 +5,7 @@ Libraries that only it needs are imported when it runs, so that other commands s
 
 import argparse
 import hashlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ _HASHED = ("config.json", "preprocessor_config.json", "*.safetensors")
 def annotate(options: argparse.Namespace) -> int:
     """Annotate this process's share of a corpus."""
     try:
-        from accelerate import PartialState
+        from accelerate import Accelerator
 
         from .data.corpus import open_corpus
     except ImportError as error:
@@ -40,14 +41,21 @@ def annotate(options: argparse.Namespace) -> int:
         image_column=options.image_column,
         id_column=options.id_column,
     )
-    state = PartialState()
+    accelerator = Accelerator()
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        # Each would annotate everything, into the same files.
+        raise ValueError(
+            f"{started} processes were started, but accelerate sees {accelerator.num_processes}; "
+            "set ACCELERATE_USE_CPU=1 on a machine without GPUs."
+        )
     try:
-        return _annotate(options, corpus, state)
+        return _annotate(options, corpus, accelerator)
     finally:
-        state.destroy_process_group()
+        accelerator.end_training()
 
 
-def _annotate(options: argparse.Namespace, corpus: "Corpus", state: Any) -> int:
+def _annotate(options: argparse.Namespace, corpus: "Corpus", accelerator: Any) -> int:
     import torch
     from tqdm import tqdm
     from transformers import AutoImageProcessor, AutoModelForObjectDetection
@@ -66,18 +74,17 @@ def _annotate(options: argparse.Namespace, corpus: "Corpus", state: Any) -> int:
         raise ValueError(f"`--model` {options.model} is no scene graph model.")
     image_processor = AutoImageProcessor.from_pretrained(folder, **source)
     settings = _settings(options, revision)
-    annotator = Annotator(
-        model.to(state.device).eval(), image_processor, settings, options.output, options.workers
-    )
-    share = corpus.shards[state.process_index :: state.num_processes]
-    counts = [shard.num_images for shard in share]
+    model = model.to(accelerator.device).eval()
+    annotator = Annotator(model, image_processor, settings, options.output, options.workers)
+    rank, num_processes = accelerator.process_index, accelerator.num_processes
+    counts = [shard.num_images for shard in corpus.shards[rank::num_processes]]
     total = None if None in counts else sum(count or 0 for count in counts)
-    with tqdm(total=total, unit="image", disable=not state.is_main_process) as bar:
-        report = annotator.run(corpus, state.process_index, state.num_processes, bar)
+    with tqdm(total=total, unit="image", disable=not accelerator.is_main_process) as bar:
+        report = annotator.run(corpus, rank, num_processes, bar)
     print(
-        f"{options.output}: process {state.process_index} of {state.num_processes} annotated "
-        f"{report.annotated} images; {report.present} files were there; {report.broken} images "
-        "could not be read" + (" (_broken-*.jsonl)." if report.broken else ".")
+        f"{options.output}: process {rank} of {num_processes} annotated {report.annotated} images; "
+        f"{report.present} files were there; {report.broken} images could not be read"
+        + (" (_broken-*.jsonl)." if report.broken else ".")
     )
     return 0
 
