@@ -1,22 +1,43 @@
 """Time and memory of the evaluation, beside a straightforward evaluator on the same data.
 
     OMP_NUM_THREADS=1 python benchmarks/evaluation.py [--images 26446]
+    OMP_NUM_THREADS=1 python benchmarks/evaluation.py --command [--folder FOLDER]
 
 100 predicted and 10 annotated triplets an image, 80 detections, 150 classes, 50 predicates, one
 thread. The straightforward evaluator matches as the published ones do: one annotated triplet after
 the other against all predictions, once for each setting, and a union over predictions for each K.
-It sees a part of the images; both give the same figures. Memory is that of the process beyond what
-it had when the first image came; images are made on the way and not kept, and their making is not
-timed.
+It sees a part of the images; both give the same figures. Images are made on the way and not kept,
+and their making is not timed.
+
+`--command` writes the same images as a file of predictions and as Parquet shards without pictures,
+and runs `sgtr-hf evaluate` on them, reading included. Files that are in the folder already are used
+again.
+
+Memory is the largest growth of the resident memory of a process of its own over what it had after
+its imports. Linux tells it.
 """
 
 import argparse
-import resource
+import contextlib
+import functools
+import io
+import json
+import multiprocessing
+import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from datasets import disable_progress_bars
 
+import sgtr_hf.cli
+from sgtr_hf.data.dataset_formats import open_dataset
+from sgtr_hf.data.dataset_writers import write_parquet
+from sgtr_hf.data.prediction_file import PredictionFile, PredictionWriter
+from sgtr_hf.data.record_source import Record, RecordSource
 from sgtr_hf.metrics.evaluation_protocols import PROTOCOLS
 from sgtr_hf.metrics.recall import Measured, SceneGraphRecall, without_constraint
 from sgtr_hf.metrics.training_triplets import TrainingTriplets, labelled_triplets
@@ -167,50 +188,79 @@ def time_of(images: Iterator[Pair], add: Callable[[list[Pair]], None]) -> tuple[
     return seconds, count
 
 
-def measure(options: argparse.Namespace, *, no_constraint: bool) -> None:
-    """Time both evaluators and print a row."""
-    seen = {
+class PeakMemory:
+    """Growth of this process's resident memory from now on."""
+
+    def __init__(self) -> None:
+        # Sets the peak to what is resident now.
+        Path("/proc/self/clear_refs").write_text("5")
+        self.start = self._megabytes("VmRSS")
+
+    def growth(self) -> float:
+        """Return the largest growth so far in MB."""
+        return self._megabytes("VmHWM") - self.start
+
+    @staticmethod
+    def _megabytes(name: str) -> float:
+        (kilobytes,) = re.findall(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return int(kilobytes) / 1024
+
+
+def in_own_process(measure: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in a new process, whose memory nothing else has touched."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(measure, arguments)
+
+
+def seen_triplets() -> set[tuple[int, ...]]:
+    """Return what a training of 200 other images would have seen."""
+    return {
         tuple(row)
         for _, reference in make_images(200, distributions=False)
         for row in labelled_triplets(reference).tolist()
     }
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    metric = SceneGraphRecall(
+
+
+def make_metric(*, no_constraint: bool) -> SceneGraphRecall:
+    """Make the metric that is measured."""
+    return SceneGraphRecall(
         TOP_K,
         PROTOCOL,
         PREDICATES,
-        seen_triplets=TrainingTriplets(np.array(sorted(seen))),
+        seen_triplets=TrainingTriplets(np.array(sorted(seen_triplets()))),
         measured=Measured(no_constraint=no_constraint),
     )
-    images = make_images(options.images, distributions=no_constraint)
+
+
+def measure(count: int, no_constraint: bool) -> tuple[float, float, int, float]:
+    """Return seconds, MB, images and R@50 of the evaluation."""
+    metric = make_metric(no_constraint=no_constraint)
+    images, memory = make_images(count, distributions=no_constraint), PeakMemory()
     seconds, count = time_of(images, lambda pairs: metric.update(*zip(*pairs, strict=True)))
     started = time.perf_counter()
     report = metric.compute()
     seconds += time.perf_counter() - started
-    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    slow = StraightforwardEvaluator(seen, no_constraint=no_constraint)
+    return seconds, memory.growth(), count, report["R@50"]
+
+
+def measure_both(options: argparse.Namespace, *, no_constraint: bool) -> None:
+    """Time both evaluators and print a row."""
+    seconds, memory, count, recall = in_own_process(measure, options.images, no_constraint)
+    slow = StraightforwardEvaluator(seen_triplets(), no_constraint=no_constraint)
     part = make_images(min(options.reference_images, options.images), distributions=no_constraint)
     slow_seconds, slow_count = time_of(part, lambda pairs: [slow.add(*pair) for pair in pairs])
-    check(seen, slow, slow_count, no_constraint=no_constraint)
+    check(slow, slow_count, no_constraint=no_constraint)
     own, other = 1e3 * seconds / count, 1e3 * slow_seconds / slow_count
     what = "R, mR, zR" + (", without constraint too" if no_constraint else "")
     print(
         f"| {what} | {count} | {own:.3f} | {other:.3f} | {other / own:.1f} | {seconds:.1f} | "
-        f"{memory:.0f} | {report['R@50']:.4f} |"
+        f"{memory:.0f} | {recall:.4f} |"
     )
 
 
-def check(
-    seen: set[tuple[int, ...]],
-    slow: StraightforwardEvaluator,
-    count: int,
-    *,
-    no_constraint: bool,
-) -> None:
+def check(slow: StraightforwardEvaluator, count: int, *, no_constraint: bool) -> None:
     """Stop unless both evaluators say the same of the same images."""
-    metric = SceneGraphRecall(
-        TOP_K, PROTOCOL, PREDICATES, seen_triplets=TrainingTriplets(np.array(sorted(seen)))
-    )
+    metric = make_metric(no_constraint=no_constraint)
     for prediction, reference in make_images(count, distributions=no_constraint):
         metric.update([prediction], [reference])
     report = metric.compute()
@@ -219,16 +269,95 @@ def check(
             raise SystemExit(f"{name}: {report[name]} is not {slow.recall(name)}")
 
 
+def make_records(count: int, *, distributions: bool) -> Iterator[Record]:
+    """Make the annotations as records."""
+    for number, (_, graph) in enumerate(make_images(count, distributions=distributions)):
+        entities = zip(graph.boxes_xyxy.tolist(), graph.labels.tolist(), strict=True)
+        yield {
+            # Nobody opens it.
+            "image": {"path": None, "bytes": b"a picture"},
+            "image_id": str(number),
+            "width": graph.image_size[1],
+            "height": graph.image_size[0],
+            "objects": [
+                {"id": row, "bbox": box, "label": label}
+                for row, (box, label) in enumerate(entities)
+            ],
+            "relations": [
+                dict(zip(("subject", "object", "predicate"), row, strict=True))
+                for row in graph.relations.tolist()
+            ],
+        }
+
+
+def write_files(folder: Path, count: int, *, distributions: bool) -> tuple[Path, Path]:
+    """Write predictions and annotations unless they are there, and return where."""
+    folder = folder / f"{count}-{'with' if distributions else 'without'}-distributions"
+    predictions, references = folder / "predictions.parquet", folder / "references"
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [[str(number) for number in range(size)] for size in (CLASSES, PREDICATES)]
+    if not predictions.is_file():
+        id2names = [dict(enumerate(one)) for one in names]
+        with PredictionWriter(predictions, *id2names, distributions=distributions) as writer:
+            images = make_images(count, distributions=distributions)
+            for number, (prediction, _) in enumerate(images):
+                writer.write(str(number), prediction)
+    if not any(references.glob("*.parquet")):
+        make = functools.partial(make_records, count, distributions=distributions)
+        source = RecordSource(*names, lambda _: make(), "random scenes")
+        write_parquet(source, make(), references, "test", embed_images=False)
+    return predictions, references
+
+
+def measure_command(predictions: Path, references: Path) -> tuple[float, float, float]:
+    """Return seconds, MB and R@50 of `sgtr-hf evaluate`."""
+    output = predictions.with_name("report.json")
+    arguments = ["evaluate", str(predictions), str(references), "--protocol", PROTOCOL.name]
+    # What is imported when it is first used, shall not count.
+    next(iter(PredictionFile(predictions)))
+    next(iter(open_dataset(references, "test")))
+    memory, started = PeakMemory(), time.perf_counter()
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        code = sgtr_hf.cli.main([*arguments, "--output", str(output)])
+    seconds = time.perf_counter() - started
+    if code:
+        raise SystemExit(said.getvalue())
+    return seconds, memory.growth(), json.loads(output.read_text())["recall"]["R@50"]
+
+
+def measure_file(folder: Path, count: int, *, distributions: bool) -> None:
+    """Run the command on a file and print a row."""
+    paths = write_files(folder, count, distributions=distributions)
+    size = paths[0].stat().st_size / 2**20
+    seconds, memory, recall = in_own_process(measure_command, *paths)
+    print(
+        f"| {'with' if distributions else 'without'} distributions | {count} | {size:.0f} | "
+        f"{1e3 * seconds / count:.3f} | {seconds:.1f} | {memory:.0f} | {recall:.4f} |"
+    )
+
+
 def main() -> None:
     """Measure with and without predicate distributions."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=26446, help="test images of VG150")
     parser.add_argument("--reference-images", type=int, default=512)
+    parser.add_argument("--command", action="store_true", help="measure sgtr-hf evaluate")
+    parser.add_argument("--folder", type=Path, help="of the files for --command; temporary if none")
     options = parser.parse_args()
-    print("| figures | images | ms an image | straightforward | ratio | s in all | MB | R@50 |")
-    print("|---|---|---|---|---|---|---|---|")
-    for no_constraint in (False, True):
-        measure(options, no_constraint=no_constraint)
+    disable_progress_bars()
+    if not options.command:
+        print("| figures | images | ms an image | straightforward | ratio | s in all | MB | R@50 |")
+        print("|---|---|---|---|---|---|---|---|")
+        for no_constraint in (False, True):
+            measure_both(options, no_constraint=no_constraint)
+        return
+    print("| file of predictions | images | MB | ms an image | s in all | MB of memory | R@50 |")
+    print("|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as temporary:
+        for distributions in (False, True):
+            folder = options.folder or Path(temporary)
+            measure_file(folder, options.images, distributions=distributions)
 
 
 if __name__ == "__main__":
