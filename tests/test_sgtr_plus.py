@@ -11,8 +11,8 @@ from sgtr_hf.losses.scene_graph_loss import _long_tail_terms as long_tail_terms
 from sgtr_hf.losses.scene_graph_loss import _role_assembling_losses as role_assembling_losses
 from sgtr_hf.modeling.graph_assembling import UnifiedAssembling
 from sgtr_hf.modeling.graph_nodes import EntityNodes, TripletAnchors, TripletStates
-from sgtr_hf.modeling.pair_selection import PairSelection
 from sgtr_hf.modeling.prediction_heads import predicate_probabilities
+from sgtr_hf.modeling.pair_selection import PairSelection
 from sgtr_hf.modeling.spatial_aware_decoder import (
     LOWEST_BIAS,
     TripletExchange,
@@ -84,7 +84,7 @@ def test_pair_selection_takes_the_best_of_all_ordered_pairs():
     nodes = make_nodes()
     selection = PairSelection(small_config(**PLUS, num_predicate_queries=7))
     pairs = selection(nodes)
-    for image, logits in enumerate(pairs.relatedness_logits.squeeze(-1)):
+    for image, logits in enumerate(pairs.relatedness_logits):
         everything = sorted(
             (-logits[subject, object_].item(), subject, object_)
             for subject in range(5)
@@ -112,53 +112,13 @@ def test_relatedness_loss_wants_the_annotated_pairs():
         random_labels(counts=(4, 3)), "cpu", num_classes=3, num_predicates=2
     )
     matches = torch.tensor([[3, 1, 0, 4], [2, 0, 1, -1]])
-    logits = torch.full((2, 5, 5, 2), -20.0)
+    logits = torch.full((2, 5, 5), -20.0)
     for image, relations in enumerate(annotations.relations):
-        for subject, object_, predicate in relations[annotations.relation_valid[image]].tolist():
-            logits[image, matches[image, subject], matches[image, object_], predicate] = 20.0
+        for subject, object_, _ in relations[annotations.relation_valid[image]].tolist():
+            logits[image, matches[image, subject], matches[image, object_]] = 20.0
     config = small_config(**PLUS)
-    alone = logits.amax(-1, keepdim=True)
-    assert relatedness_loss(config, alone, annotations, matches) < 1e-6
-    assert relatedness_loss(config, alone.transpose(1, 2), annotations, matches) > 1
-    config = small_config(**PLUS, pair_predicates=True)
     assert relatedness_loss(config, logits, annotations, matches) < 1e-6
-    assert relatedness_loss(config, logits.flip(-1), annotations, matches) > 1
-
-
-def test_queries_start_from_the_predicates_of_their_pairs(pixel_values):
-    config = small_config(**PLUS, pair_predicates=True, num_triplet_denoising_groups=2)
-    torch.manual_seed(0)
-    model = sgtr_hf.SgtrForSceneGraphGeneration(config)
-    labels = random_labels(counts=(4, 3))
-    with torch.no_grad():
-        output = model.eval()(pixel_values)
-        nodes = model.model(pixel_values)
-        selected = model.model.predicate_node_generator.pair_selection(nodes.entities)
-    # Nothing has been learned to add yet.
-    num_entities = nodes.entities.features.shape[1]
-    cells = selected.subjects * num_entities + selected.objects
-    dense = selected.relatedness_logits.flatten(1, 2)
-    expected = dense.gather(1, cells[..., None].expand(-1, -1, dense.shape[-1]))
-    torch.testing.assert_close(output.predicate_logits, expected, rtol=0, atol=1e-5)
-    likeliest = dense.amax(-1).view(2, num_entities, num_entities)
-    likeliest.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
-    assert (cells[:, 0] == likeliest.flatten(1).argmax(1)).all()
-    loss_dict = model.train()(pixel_values, labels=labels).loss_dict
-    loss_dict["loss_predicate"].backward(retain_graph=True)
-    # Logits of pairs learn from their own loss alone, and each level what it adds.
-    assert model.predicate_head.weight.grad.abs().sum() > 0
-    head = model.model.predicate_node_generator.pair_selection.head
-    assert head.weight.grad is None
-    loss_dict["loss_relatedness"].backward()
-    assert head.weight.grad.abs().sum() > 0
-
-
-@pytest.mark.parametrize(
-    "fields", [{"pair_queries": False}, {"predicate_classification": "softmax"}]
-)
-def test_predicates_of_pairs_need_pairs_and_sigmoids(fields):
-    with pytest.raises(StrictDataclassError, match="`pair_predicates` needs `pair_queries=True`"):
-        small_config(**(PLUS | {"pair_predicates": True} | fields))
+    assert relatedness_loss(config, logits.transpose(1, 2), annotations, matches) > 1
 
 
 def test_gaussian_bias_falls_with_the_distance_in_sides_of_the_anchor():

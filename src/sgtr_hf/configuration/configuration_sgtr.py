@@ -30,9 +30,6 @@ class SgtrConfig(PreTrainedConfig):
         pair_queries: Start the queries from the pairs of entities that are most likely related
             (ours) instead of learned queries.
         pair_width: Width of the layer that scores all pairs (ours).
-        pair_predicates: Let it score each predicate of every pair instead of the pair alone; the
-            predicate logits of a query start from those of its pair, and each level adds to them
-            (ours). Needs `pair_queries` and the "focal" classification.
         triplet_exchange: Self-attention over the three vectors of a query after each level; else
             SGTR's sum into the predicate. Of the spatial-aware generator (ours).
         gaussian_attention: Bias the predicate's attention to the image by Gaussian maps around its
@@ -132,7 +129,6 @@ class SgtrConfig(PreTrainedConfig):
     graph_assembling: Literal["rule_based", "unified"] = "rule_based"
     pair_queries: bool = False
     pair_width: int = 32
-    pair_predicates: bool = False
     triplet_exchange: bool = True
     gaussian_attention: bool = True
     gaussian_spread: float | int = 0.6
@@ -275,13 +271,6 @@ class SgtrConfig(PreTrainedConfig):
             raise ValueError(
                 "`num_triplet_denoising_groups` needs `pair_queries=True` and "
                 '`predicate_node_generator="spatial_aware"`; set it to 0 or change those.'
-            )
-        if self.pair_predicates and not (
-            self.pair_queries and self.predicate_classification == "focal"
-        ):
-            raise ValueError(
-                "`pair_predicates` needs `pair_queries=True` and "
-                '`predicate_classification="focal"`; set it to False or change those.'
             )
         if is_spatial and not (self.dynamic_queries or self.pair_queries):
             raise ValueError(

@@ -48,9 +48,6 @@ class TripletAssignment(NamedTuple):
     """R relations an image."""
     matches: Tensor
     """(L, B, R) query of each relation, -1 for none."""
-    only_matched: bool = False
-    """Whether queries without a relation are mere padding, as those of denoising, whose number
-    depends on the other images of the batch; else they are background."""
 
 
 def scene_graph_losses(
@@ -99,27 +96,21 @@ def relatedness_loss(
 
     Args:
         config: Gives alpha, gamma and the weight.
-        logits: (B, N, N, P), subjects in rows; P is 1 unless `config.pair_predicates`.
+        logits: (B, N, N), subjects in rows.
         annotations: R annotated relations an image.
         entity_matches: (B, T) node of each annotated entity.
 
     Returns:
-        A scalar: the sum over all pairs and predicates, over the number of annotated relations.
+        A scalar: the sum over all pairs, over the number of annotated relations.
     """
-    batch_size, num_entities, _, num_predicates = logits.shape
-    subjects, objects, predicates = annotations.relations.unbind(-1)
-    cells = entity_matches.gather(1, subjects) * num_entities + entity_matches.gather(1, objects)
-    adjustment, positive_weights = logits.new_zeros(()), logits.new_ones(())
-    if config.pair_predicates:
-        cells = cells * num_predicates + predicates
-        adjustment, positive_weights = _long_tail_terms(config, logits)
-    # Padding goes to an extra cell, which is cut off.
-    num_cells = num_entities**2 * num_predicates
-    cells = torch.where(annotations.relation_valid, cells, num_cells)
-    targets = logits.new_zeros((batch_size, num_cells + 1), dtype=torch.float32)
-    targets = targets.scatter_(1, cells, 1.0)[:, :-1].view_as(logits)
-    loss = focal_loss(logits.float() + adjustment, targets, config.focal_alpha, config.focal_gamma)
-    loss = loss * (1 + targets * (positive_weights.to(loss) - 1))
+    batch_size, num_entities, _ = logits.shape
+    subjects, objects, _ = annotations.relations.unbind(-1)
+    pairs = entity_matches.gather(1, subjects) * num_entities + entity_matches.gather(1, objects)
+    # Padding goes to an extra pair, which is cut off.
+    pairs = torch.where(annotations.relation_valid, pairs, num_entities**2)
+    targets = logits.new_zeros((batch_size, num_entities**2 + 1), dtype=torch.float32)
+    targets = targets.scatter_(1, pairs, 1.0)[:, :-1]
+    loss = focal_loss(logits.float().flatten(1), targets, config.focal_alpha, config.focal_gamma)
     counts = counts_of(annotations, config.num_predicates)
     num_relations = counts.at_least_one(counts.predicates.sum())
     return config.relatedness_loss_weight * loss.sum() / num_relations
@@ -132,7 +123,7 @@ def _level_losses(
     entities: MatchedEntities | None,
 ) -> dict[str, Tensor]:
     """Losses (L,) by name, with the weight of the last level."""
-    annotations, matches, _ = assignment
+    annotations, matches = assignment
     targets = relation_targets(annotations)
     counts = counts_of(annotations, config.num_predicates)
     count = counts.at_least_one(counts.predicates.sum())
@@ -146,7 +137,7 @@ def _level_losses(
         ("subject", (predictions.subject_logits, predictions.subject_boxes)),
         ("object", (predictions.object_logits, predictions.object_boxes)),
     ):
-        found = _indicator_losses(config, indicators, _of_role(targets, role), assignment, counts)
+        found = _indicator_losses(config, indicators, _of_role(targets, role), matches, counts)
         losses |= {f"loss_{role}_{part}": loss for part, loss in found.items()}
     if entities is not None:
         losses |= _assembling_losses(config, predictions, entities, assignment, count)
@@ -160,23 +151,20 @@ def _predicate_losses(
     counts: LossCounts,
 ) -> Tensor:
     """Classification (L,) of all queries; those without a relation are background."""
-    annotations, matches, only_matched = assignment
+    annotations, matches = assignment
     logits = predictions.predicate_logits
     weight = config.predicate_loss_weight
     predicates, num_queries = annotations.relations[..., 2], logits.shape[2]
     adjustment, positive_weights = _long_tail_terms(config, logits)
     if config.predicate_classification == "softmax":
-        background_weight = 0.0 if only_matched else config.predicate_background_weight
         class_weights = torch.cat(
-            (positive_weights.new_tensor([background_weight]), positive_weights)
+            (positive_weights.new_tensor([config.predicate_background_weight]), positive_weights)
         )
         adjusted = torch.cat((logits[..., :1], logits[..., 1:] + adjustment), dim=-1)
         targets = scatter_to_queries(predicates + 1, matches, num_queries, 0)
         positives = counts.predicates.sum()
         background = counts.images * num_queries - positives
         divisor = (counts.predicates * positive_weights).sum() + class_weights[0] * background
-        if only_matched:
-            divisor = counts.at_least_one(divisor)
         return weight * weighted_cross_entropy(
             # The release averages over the queries of this process alone, and may leave relations
             # without a query.
@@ -190,10 +178,7 @@ def _predicate_losses(
     values = focal_loss(
         logits.float() + adjustment, encoded, config.focal_alpha, config.focal_gamma
     )
-    values = values * (1 + encoded * (positive_weights - 1))
-    if only_matched:
-        values = torch.where((targets >= 0)[..., None], values, 0)
-    losses = values.sum((1, 2, 3))
+    losses = (values * (1 + encoded * (positive_weights - 1))).sum((1, 2, 3))
     if config.legacy_focal_normalization:
         # The release averages over predicates and counts the relations of this process alone
         # (rel_detr_losses.py:857).
@@ -229,11 +214,10 @@ def _indicator_losses(
     config: SgtrConfig,
     indicators: tuple[Tensor, Tensor],
     targets: tuple[Tensor, Tensor],
-    assignment: TripletAssignment,
+    matches: Tensor,
     counts: LossCounts,
 ) -> dict[str, Tensor]:
     """Losses (L,) of one role: class and box that its queries expect of the entity."""
-    _, matches, only_matched = assignment
     detector_config = config.detector
     logits, boxes = indicators
     labels, target_boxes = targets
@@ -243,13 +227,9 @@ def _indicator_losses(
     divisor: Tensor | None = entity_class_divisor(
         detector_config, counts, positives, logits.shape[2]
     )
-    if only_matched:
-        divisor = count
-    elif config.legacy_triplet_matching and detector_config.classification == "softmax":
+    if config.legacy_triplet_matching and detector_config.classification == "softmax":
         divisor = None
-    class_loss = entity_class_loss(
-        detector_config, logits, query_labels, divisor, only_matched=only_matched
-    )
+    class_loss = entity_class_loss(detector_config, logits, query_labels, divisor)
     box_loss, giou_loss = box_losses(
         gather_queries(boxes, matches),
         target_boxes,
@@ -271,7 +251,7 @@ def _assembling_losses(
     count: Tensor,
 ) -> dict[str, Tensor]:
     """Losses (L,) of the soft correspondence, and of the boxes and classes it sums up."""
-    annotations, matches, _ = assignment
+    annotations, matches = assignment
     targets = relation_targets(annotations)
     losses: dict[str, Tensor] = {}
     for role, correspondence, index in (

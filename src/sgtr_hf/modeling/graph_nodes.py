@@ -47,10 +47,7 @@ class TripletNodes:
     anchors: TripletAnchors | None = None
     """Of all levels; None for the structural generator, which has no anchors."""
     relatedness_logits: Tensor | None = None
-    """(B, N, N, P) of all ordered pairs, subjects in rows; None unless queries start from pairs."""
-    pair_logits: Tensor | None = None
-    """(B, Q, P) predicate logits of the pairs that the queries start from, without gradient, which
-    each level adds to; None unless pairs have any."""
+    """(B, N, N) of all ordered pairs, subjects in rows; None unless queries start from pairs."""
     valid: Tensor | None = None
     """(B, Q) bool, False for a query that had no pair to start from; None when all had."""
     denoising: "TripletNodes | None" = None
@@ -71,8 +68,7 @@ def split_denoising(nodes: TripletNodes, valid: Tensor) -> TripletNodes:
         if anchors is not None:
             anchors = TripletAnchors(*(role[:, :, chosen] for role in anchors))
         states = TripletStates(*(role[:, :, chosen] for role in nodes.states))
-        logits = None if nodes.pair_logits is None else nodes.pair_logits[:, chosen]
-        parts.append(TripletNodes(states, anchors, pair_logits=logits))
+        parts.append(TripletNodes(states, anchors))
     noised, ordinary = parts
     return replace(
         ordinary,

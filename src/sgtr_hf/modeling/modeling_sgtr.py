@@ -41,7 +41,6 @@ from .modeling_sgtr_detr import (
     entity_probabilities,
     init_transformer_weights,
 )
-from .position_embedding import image_sizes_of
 from .predicate_node_generator import PredicateNodeGenerator
 from .prediction_heads import BoxHead, ClassHead, predicate_probabilities
 
@@ -159,12 +158,7 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
         predicates_are_focal = config.predicate_classification == "focal"
         # A softmax head begins with background.
         predicate_columns = config.num_predicates + (not predicates_are_focal)
-        self.predicate_head = ClassHead(
-            width,
-            predicate_columns,
-            is_focal=predicates_are_focal,
-            starts_at_zero=config.pair_predicates,
-        )
+        self.predicate_head = ClassHead(width, predicate_columns, is_focal=predicates_are_focal)
         self.subject_class_head = ClassHead(width, entity_columns, is_focal=entities_are_focal)
         self.object_class_head = ClassHead(width, entity_columns, is_focal=entities_are_focal)
         if config.predicate_node_generator == "structural":
@@ -224,7 +218,7 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
             cached = self._read_features(detector_features)
             nodes = self.model(annotations=annotations, detector=cached, **kwargs)
         elif pixel_values is not None:
-            image_sizes = image_sizes_of(pixel_values, pixel_mask)
+            image_sizes = _image_sizes(pixel_values, pixel_mask)
             nodes = self.model(pixel_values, pixel_mask, annotations, given=given, **kwargs)
         triplets = self.read_levels(
             nodes, nodes.triplets, image_sizes, all_levels=annotations is not None
@@ -279,7 +273,7 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
             "memory_features": nodes.memory.features,
             "memory_position": nodes.memory.position,
             "memory_cells": nodes.memory.cells,
-            "image_sizes": image_sizes_of(pixel_values, None),
+            "image_sizes": _image_sizes(pixel_values, None),
         }
         batch_size = len(pixel_values)
         return {
@@ -331,8 +325,6 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
             boxes = (triplets.anchors.subject[first:], triplets.anchors.object[first:])
             vectors = torch.cat([role[..., :2] for role in boxes], dim=-1)
         logits = self.predicate_head(predicate)
-        if triplets.pair_logits is not None:
-            logits = logits + triplets.pair_logits
         if triplets.valid is not None:
             logits = self._hide(logits, triplets.valid)
         predictions = TripletPredictions(
@@ -472,8 +464,9 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
         valid = repeated.relation_valid
         own = torch.where(valid, torch.arange(valid.shape[1], device=valid.device), -1)
         matches = own.expand(len(predictions.predicate_logits), -1, -1)
-        assignment = TripletAssignment(repeated, matches, only_matched=True)
-        losses = scene_graph_losses(self.config, predictions, assignment, entities=entities)
+        losses = scene_graph_losses(
+            self.config, predictions, TripletAssignment(repeated, matches), entities=entities
+        )
         return {name.replace("loss_", "loss_denoising_", 1): loss for name, loss in losses.items()}
 
     def _summarize(
@@ -493,3 +486,12 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
             auxiliary_outputs=earlier or None,
             **last,
         )
+
+
+def _image_sizes(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:
+    """Heights and widths (B, 2) of the images without their padding."""
+    batch_size, _, height, width = pixel_values.shape
+    if pixel_mask is None:
+        return pixel_values.new_tensor([height, width]).expand(batch_size, 2)
+    is_image = pixel_mask > 0
+    return torch.stack((is_image.any(2).sum(1), is_image.any(1).sum(1)), dim=-1)

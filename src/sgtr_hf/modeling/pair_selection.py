@@ -25,7 +25,7 @@ class SelectedPairs(NamedTuple):
     valid: Tensor | None
     """(B, Q) bool, False where an image had fewer pairs; None when all had enough."""
     relatedness_logits: Tensor
-    """(B, N, N, P) of all pairs and predicates, subjects in rows; P is 1 for pairs alone."""
+    """(B, N, N) of all pairs, subjects in rows."""
 
 
 class PairSelection(nn.Module):
@@ -33,8 +33,7 @@ class PairSelection(nn.Module):
 
     The score is a product of a subject and an object vector, plus a head on a narrow layer that
     sees both entities and how their boxes lie. It costs N x N x `pair_width` sums and one narrow
-    product, so that 300 entities are affordable. With `pair_predicates` the head has a column for
-    each predicate, and a pair is as likely as its likeliest one.
+    product, so that 300 entities are affordable.
     """
 
     def __init__(self, config: SgtrConfig) -> None:
@@ -44,8 +43,7 @@ class PairSelection(nn.Module):
         self.subject_projection = nn.Linear(config.d_model, 2 * width)
         self.object_projection = nn.Linear(config.d_model, 2 * width)
         self.geometry_projection = nn.Linear(PAIR_GEOMETRY_SIZE, width)
-        columns = config.num_predicates if config.pair_predicates else 1
-        self.head = ClassHead(width, columns, is_focal=True)
+        self.head = ClassHead(width, 1, is_focal=True)
 
     def forward(self, entities: EntityNodes) -> SelectedPairs:
         """Select min(Q, N * N) pairs; a node pairs with itself only for want of others.
@@ -58,7 +56,7 @@ class PairSelection(nn.Module):
         if entities.valid is not None:
             valid = entities.valid
             impossible = impossible | ~(valid[:, :, None] & valid[:, None])
-        likelihood = logits.detach().amax(-1).masked_fill(impossible, -torch.inf).flatten(1)
+        likelihood = logits.detach().masked_fill(impossible, -torch.inf).flatten(1)
         count = min(self.num_queries, likelihood.shape[1])
         best, cells = likelihood.topk(count, dim=1)
         num_entities = logits.shape[1]
@@ -70,28 +68,14 @@ class PairSelection(nn.Module):
         )
 
     def relatedness(self, entities: EntityNodes) -> Tensor:
-        """Return logits (B, N, N, P) of being related, subjects in rows."""
+        """Return logits (B, N, N) of being related, subjects in rows."""
         subject, subject_factor = self.subject_projection(entities.features).chunk(2, dim=-1)
         object_, object_factor = self.object_projection(entities.features).chunk(2, dim=-1)
+        boxes = entities.boxes.detach()
+        geometry = self.geometry_projection(pair_geometry(boxes[:, :, None], boxes[:, None]))
+        hidden = (subject[:, :, None] + object_[:, None] + geometry).relu()
         product = torch.matmul(subject_factor, object_factor.transpose(-1, -2))
-        return self._combine(
-            subject[:, :, None] + object_[:, None],
-            (entities.boxes[:, :, None], entities.boxes[:, None]),
-            product,
-        )
-
-    def pair_logits(self, subjects: EntityNodes, objects: EntityNodes) -> Tensor:
-        """Return logits (B, Q, P) of Q pairs alone."""
-        subject, subject_factor = self.subject_projection(subjects.features).chunk(2, dim=-1)
-        object_, object_factor = self.object_projection(objects.features).chunk(2, dim=-1)
-        product = (subject_factor * object_factor).sum(-1)
-        return self._combine(subject + object_, (subjects.boxes, objects.boxes), product)
-
-    def _combine(self, nodes: Tensor, boxes: tuple[Tensor, Tensor], product: Tensor) -> Tensor:
-        geometry = self.geometry_projection(pair_geometry(*(box.detach() for box in boxes)))
-        scale = nodes.shape[-1] ** -0.5
-        logits: Tensor = self.head((nodes + geometry).relu()) + (product * scale)[..., None]
-        return logits
+        return self.head(hidden)[..., 0] + product * subject_factor.shape[-1] ** -0.5
 
     @staticmethod
     def _may_lack_pairs(entities: EntityNodes, count: int) -> bool:

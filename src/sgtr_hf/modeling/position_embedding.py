@@ -90,12 +90,3 @@ def _grid_positions(mask: Tensor, shift: float) -> tuple[Tensor, Tensor]:
     rows = (rows - shift) / (rows[:, -1:, :] + epsilon)
     columns = (columns - shift) / (columns[:, :, -1:] + epsilon)
     return columns, rows
-
-
-def image_sizes_of(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:
-    """Heights and widths (B, 2) of the images without their padding."""
-    batch_size, _, height, width = pixel_values.shape
-    if pixel_mask is None:
-        return pixel_values.new_tensor([height, width]).expand(batch_size, 2)
-    is_image = pixel_mask > 0
-    return torch.stack((is_image.any(2).sum(1), is_image.any(1).sum(1)), dim=-1)

@@ -179,8 +179,6 @@ class QueryStart(NamedTuple):
     anchors: TripletAnchors | None
     """(B, Q, 4) boxes of the pairs; None unless the queries start from them."""
     pairs: SelectedPairs | None
-    pair_logits: Tensor | None = None
-    """(B, Q, P) predicate logits of the pairs; None unless they have any."""
 
 
 class PredicateNodeGenerator(nn.Module):
@@ -278,17 +276,11 @@ class PredicateNodeGenerator(nn.Module):
         content = self.pair_content(
             (subjects.features, objects.features), (subjects.boxes, objects.boxes)
         )
-        logits = None
-        if self.config.pair_predicates:
-            # As with anchors, each stage learns what it adds to the one before.
-            with torch.no_grad():
-                logits = self.pair_selection.pair_logits(subjects, objects)
         return QueryStart(
             TripletStates(content, subjects.features, objects.features),
             positions,
             TripletAnchors(subjects.boxes.detach(), objects.boxes.detach()),
             pairs,
-            logits,
         )
 
     def _with_noised(self, noised: EntityNodes, nodes: EntityNodes) -> EntityNodes:
@@ -344,7 +336,7 @@ class PredicateNodeGenerator(nn.Module):
         else:
             nodes = {"memory": entities.features, "memory_mask": masks["memory_mask"]}
             levels = self.decoder(states, start.positions, image, nodes, **kwargs)
-        found = TripletNodes(levels, anchors, pair_logits=start.pair_logits)
+        found = TripletNodes(levels, anchors)
         if start.pairs is not None:
             found.relatedness_logits, found.valid = (
                 start.pairs.relatedness_logits,

@@ -61,14 +61,10 @@ class ClassHead(nn.Linear):
         num_columns: Logits, with background where there is one.
         is_focal: Start every sigmoid class as rare; or the many background queries dominate the
             first thousand steps (Lin et al. 2017).
-        starts_at_zero: Start with no logits at all, to be added to others.
     """
 
-    def __init__(
-        self, d_model: int, num_columns: int, *, is_focal: bool, starts_at_zero: bool = False
-    ) -> None:
+    def __init__(self, d_model: int, num_columns: int, *, is_focal: bool) -> None:
         super().__init__(d_model, num_columns)
-        self.starts_at_zero = starts_at_zero
         self.initial_bias = -math.log((1 - RARE) / RARE) if is_focal else 0.0
 
 
@@ -85,7 +81,7 @@ def init_head(module: nn.Module) -> None:
 
     transformers calls back for modules that hold parameters themselves, never for their owners.
     """
-    if isinstance(module, ZeroLinear) or (isinstance(module, ClassHead) and module.starts_at_zero):
+    if isinstance(module, ZeroLinear):
         init.zeros_(module.weight)
         init.zeros_(module.bias)
     elif isinstance(module, ClassHead):
