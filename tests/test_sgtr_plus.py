@@ -11,8 +11,8 @@ from sgtr_hf.losses.scene_graph_loss import _long_tail_terms as long_tail_terms
 from sgtr_hf.losses.scene_graph_loss import _role_assembling_losses as role_assembling_losses
 from sgtr_hf.modeling.graph_assembling import UnifiedAssembling
 from sgtr_hf.modeling.graph_nodes import EntityNodes, TripletAnchors, TripletStates
-from sgtr_hf.modeling.prediction_heads import predicate_probabilities
 from sgtr_hf.modeling.pair_selection import PairSelection
+from sgtr_hf.modeling.prediction_heads import predicate_probabilities
 from sgtr_hf.modeling.spatial_aware_decoder import (
     LOWEST_BIAS,
     TripletExchange,
