@@ -12,7 +12,6 @@ from sgtr_hf.metrics.recall import BATCH_IMAGES, Measured, SceneGraphRecall, wit
 from sgtr_hf.metrics.recall_report import harmonic_mean
 from sgtr_hf.metrics.training_triplets import TrainingTriplets, count_training_triplets
 from sgtr_hf.metrics.triplet_matching import rank_of_first_hit, reachable_triplets
-from sgtr_hf.predicate_groups import PUBLISHED_GROUPS, group_by_frequency
 from sgtr_hf.scene_graph import SceneGraph
 from slow_evaluation import (
     random_images,
@@ -497,13 +496,3 @@ def test_no_recall_is_above_the_detector_ceiling():
     assert parts[0].compute() == whole.compute()
     assert measure(predictions, references)["R@100"] < whole.compute()["R"] < 1
     assert STRICT.name == "strict"
-
-
-def test_published_groups_are_complete():
-    for name, sizes in (("vg150", (7, 21, 22)), ("open-images", (7, 8, 15))):
-        groups = PUBLISHED_GROUPS[name]
-        assert tuple(map(len, groups.values())) == sizes
-        members = [predicate for group in groups.values() for predicate in group]
-        assert sorted(members) == list(range(sum(sizes)))
-    assert group_by_frequency([0, 9, 1, 6]) == {"head": [1], "body": [3], "tail": [2, 0]}
-    assert group_by_frequency([]) == {"head": [], "body": [], "tail": []}

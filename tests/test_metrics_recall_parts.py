@@ -8,6 +8,7 @@ import pytest
 from sgtr_hf.metrics.evaluation_protocols import PROTOCOLS
 from sgtr_hf.metrics.recall import SceneGraphRecall
 from sgtr_hf.metrics.training_triplets import TrainingTriplets, count_training_triplets
+from sgtr_hf.predicate_groups import PUBLISHED_GROUPS, group_by_frequency
 from slow_evaluation import (
     random_images,
     slow_constrained_list,
@@ -125,3 +126,13 @@ def test_training_triplets_equal_plain_counting():
     asked = np.array(list(np.ndindex(4, 4, num_predicates)))
     assert found.count(asked).tolist() == [seen.count(tuple(row)) for row in asked.tolist()]
     assert found.is_unseen(asked).tolist() == [tuple(row) not in seen for row in asked.tolist()]
+
+
+def test_published_groups_are_complete():
+    for name, sizes in (("vg150", (7, 21, 22)), ("open-images", (7, 8, 15))):
+        groups = PUBLISHED_GROUPS[name]
+        assert tuple(map(len, groups.values())) == sizes
+        members = [predicate for group in groups.values() for predicate in group]
+        assert sorted(members) == list(range(sum(sizes)))
+    assert group_by_frequency([0, 9, 1, 6]) == {"head": [1], "body": [3], "tail": [2, 0]}
+    assert group_by_frequency([]) == {"head": [], "body": [], "tail": []}

@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from PIL import Image
@@ -20,6 +18,7 @@ from ..modeling.attention_recording import record_attention
 from ..modeling.modeling_sgtr import SgtrForSceneGraphGeneration
 from ..modeling.modeling_sgtr_detr import SgtrDetrForObjectDetection, entity_probabilities
 from ..modeling.prediction_heads import predicate_probabilities
+from .panel_grid import make_panels, render
 
 
 _INCHES = 3.2
@@ -165,21 +164,13 @@ def draw_attention(
     """
     if not panels:
         raise ValueError("There is no attention to draw: no query and no point was chosen.")
-    columns = min(columns, len(panels))
-    rows = -(-len(panels) // columns)
     ratio = image.height / image.width
-    figure = Figure(figsize=(_INCHES * columns, (_INCHES * ratio + 0.3) * rows), dpi=110)
-    canvas = FigureCanvasAgg(figure)
-    figure.subplots_adjust(0.01, 0.01, 0.99, 0.94, wspace=0.03, hspace=0.12)
-    all_axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in all_axes:
-        axes.set_axis_off()
+    figure, all_axes = make_panels(ratio, len(panels), columns, _INCHES, title_inches=0.3)
     for axes, panel in zip(all_axes, panels, strict=False):
         axes.imshow(image, extent=(0, 1, 1, 0), aspect=ratio)
         axes.set_title(panel.title, fontsize=8)
         _draw_panel(axes, panel, ratio)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    return render(figure)
 
 
 def _draw_panel(axes: Any, panel: AttentionPanel, ratio: float) -> None:

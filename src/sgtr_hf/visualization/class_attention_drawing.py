@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
+
+from .panel_grid import make_panels, render
 
 
 _INCHES = 2.6
@@ -38,15 +38,9 @@ def draw_class_attention(
         (f"head {head}", attention[head], None if marked is None else marked[head])
         for head in range(heads)
     ]
-    columns = min(columns, len(panels))
-    rows = -(-len(panels) // columns)
-    ratio = image.height / image.width
-    figure = Figure(figsize=(_INCHES * columns, (_INCHES * ratio + 0.25) * rows), dpi=110)
-    canvas = FigureCanvasAgg(figure)
-    figure.subplots_adjust(0.01, 0.01, 0.99, 0.94, wspace=0.03, hspace=0.12)
-    all_axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in all_axes:
-        axes.set_axis_off()
+    figure, all_axes = make_panels(
+        image.height / image.width, len(panels), columns, _INCHES, title_inches=0.25
+    )
     for axes, (title, heat, patches) in zip(all_axes, panels, strict=False):
         axes.set_title(title, fontsize=8)
         if heat is None:
@@ -57,8 +51,7 @@ def draw_class_attention(
             axes.imshow(_keep_marked(image, patches))
             outline = np.pad(_enlarge(patches, image.size), 1).astype(float)
             axes.contour(outline[1:-1, 1:-1], levels=[0.5], colors="orange", linewidths=1)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    return render(figure)
 
 
 def overlay_heat(image: Image.Image, heat: NDArray[np.floating]) -> Image.Image:
