@@ -7,11 +7,13 @@ import pytest
 import torch
 import torchvision
 from safetensors.torch import load_file, save_file
+from torch.nn import functional
 from transformers import AutoImageProcessor, AutoModel
 
 import sgtr_hf.cli
 from recorded_weights import make_batch, recorded_checkpoint
 from sgtr_hf import (
+    DinoVitForPreTraining,
     DinoVitImageProcessor,
     SgtrDetrForObjectDetection,
     SgtrForSceneGraphGeneration,
@@ -285,6 +287,71 @@ def test_full_dino_checkpoints_hold_two_networks():
     with pytest.raises(ValueError, match="one network alone"):
         convert_checkpoint(dino_weights(), "dino", network="student")
     assert (model.config.image_size, model.config.patch_size) == (32, 8)
+
+
+def full_dino_checkpoint(prototypes=6, hidden=5, bottleneck=4):
+    """Both networks, the centre and the settings, as a training of the original writes them."""
+    generator = torch.Generator().manual_seed(1)
+    widths = {0: (hidden, WIDTH), 2: (hidden, hidden), 4: (bottleneck, hidden)}
+    head = {}
+    for index, shape in widths.items():
+        head[f"head.mlp.{index}.weight"] = torch.randn(*shape, generator=generator)
+        head[f"head.mlp.{index}.bias"] = torch.randn(shape[0], generator=generator)
+    head["head.last_layer.weight_g"] = torch.ones(prototypes, 1)
+    head["head.last_layer.weight_v"] = torch.randn(prototypes, bottleneck, generator=generator)
+    teacher = {f"backbone.{name}": tensor for name, tensor in dino_weights().items()} | head
+    return {
+        "teacher": teacher,
+        "student": {f"module.{name}": 2 * tensor for name, tensor in teacher.items()},
+        "dino_loss": {"center": torch.arange(float(prototypes))[None]},
+        "args": argparse.Namespace(drop_path_rate=0.1, norm_last_layer=False),
+        "epoch": 3,
+    }
+
+
+def test_both_networks_of_a_full_dino_checkpoint_go_on_training(tmp_path):
+    torch.save(full_dino_checkpoint(), tmp_path / "dino.pth")
+    report = convert_file(tmp_path / "dino.pth", tmp_path / "model", "dino", network="both")
+    # Two networks of 30 tensors and heads of 8, and the centre; q, k, v of two layers come apart.
+    assert report == (2 * (30 + 8) + 1, 0, 2 * (38 + 8) + 1, ())
+    model = DinoVitForPreTraining.from_pretrained(tmp_path / "model")
+    weights = full_dino_checkpoint()
+    assert model.center.equal(weights["dino_loss"]["center"][0])
+    assert (model.config.num_prototypes, model.config.head_layers) == (6, 3)
+    assert (model.config.head_hidden_dim, model.config.head_bottleneck_dim) == (5, 4)
+    assert model.config.drop_path == pytest.approx(0.1)
+    assert model.student.head.prototypes.length.requires_grad
+    for network, head, prefix in (
+        ("teacher", model.head, ""), ("student", model.student.head, "module."),
+    ):  # fmt: skip
+        tensors = weights[network]
+        features = torch.randn(3, WIDTH)
+        hidden = features
+        for index in (0, 2, 4):
+            names = (f"{prefix}head.mlp.{index}.{part}" for part in ("weight", "bias"))
+            hidden = functional.linear(hidden, *(tensors[name] for name in names))
+            hidden = functional.gelu(hidden) if index < 4 else functional.normalize(hidden, dim=-1)
+        direction = tensors[f"{prefix}head.last_layer.weight_v"]
+        length = tensors[f"{prefix}head.last_layer.weight_g"]
+        expected = hidden @ (length * functional.normalize(direction, dim=1)).T
+        torch.testing.assert_close(head(features), expected)
+    teacher = AutoModel.from_pretrained(tmp_path / "model")
+    assert teacher.embedding.class_token.equal(weights["teacher"]["backbone.cls_token"])
+    assert model.student.model.embedding.class_token.equal(2 * teacher.embedding.class_token)
+
+
+def test_what_cannot_go_on_training_says_why():
+    weights = full_dino_checkpoint()
+    del weights["dino_loss"]
+    assert convert_checkpoint(weights, "dino", network="both").report.new == ("center",)
+    with pytest.raises(ValueError, match="one network alone"):
+        convert_checkpoint(dino_weights(), "dino", network="both")
+    del weights["teacher"]["head.last_layer.weight_g"]
+    with pytest.raises(ValueError, match="teacher has no projection head"):
+        convert_checkpoint(weights, "dino", network="both")
+    linear = {"linear.weight": torch.zeros(5, WIDTH), "linear.bias": torch.zeros(5)}
+    with pytest.raises(ValueError, match="cannot be `both`"):
+        convert_checkpoint({"state_dict": linear}, "dino", network="both", backbone=dino_weights())
 
 
 @pytest.mark.parametrize("num_vectors", [1, 2, 4])

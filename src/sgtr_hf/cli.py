@@ -233,7 +233,10 @@ def _add_convert_checkpoint(parser: argparse.ArgumentParser) -> None:
         help='JSON with "labels" and "predicates", or the categories_dict.json of Open Images',
     )
     parser.add_argument(
-        "--network", default="teacher", choices=("teacher", "student"), help="of a full DINO file"
+        "--network",
+        default="teacher",
+        choices=("teacher", "student", "both"),
+        help="of a full DINO file; both, with their heads, go on training",
     )
     parser.add_argument("--backbone", type=Path, help="file of a DINO classifier's backbone")
     parser.add_argument(

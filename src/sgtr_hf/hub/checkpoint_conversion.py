@@ -39,7 +39,8 @@ def convert_checkpoint(
         checkpoint_format: A key of `FORMATS`.
         vocabulary: Names of classes and predicates; None for those of the data set, where they
             are known.
-        network: Which network of a full DINO checkpoint.
+        network: Which network of a full DINO checkpoint; "both" makes a `DinoVitForPreTraining`
+            with both heads and the centre.
         backbone: Content of the backbone's file, for the weights of a DINO classifier alone.
         dilated: Whether the last stage of DETR's backbone is dilated (DC5), which the shapes do
             not show. None takes what the settings in a full checkpoint say, else False.

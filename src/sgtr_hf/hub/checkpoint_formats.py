@@ -153,4 +153,13 @@ DINO = KeyTable(
     unused=re.compile(r"^head\."),
     packed=re.compile(r"qkv\."),
 )
+DINO_PRETRAINING = DINO._replace(
+    rules=(
+        *DINO.rules,
+        (r"^head\.mlp\.", "head.projection."),
+        (r"^head\.last_layer\.weight_g$", "head.prototypes.length"),
+        (r"^head\.last_layer\.weight_v$", "head.prototypes.direction"),
+    ),
+    unused=re.compile(r"(?!)"),
+)
 DINO_CLASSIFIER = KeyTable(rules=((r"^linear\.", "classifier."),), unused=re.compile(r"(?!)"))

@@ -18,6 +18,7 @@ from ..configuration.configuration_sgtr import SgtrConfig
 from ..configuration.configuration_sgtr_detr import SgtrDetrConfig
 from ..image_processing.image_processing_dino_vit import DinoVitImageProcessor
 from ..image_processing.image_processing_sgtr import SgtrImageProcessor
+from ..modeling.modeling_dino_pretraining import DinoVitForPreTraining
 from ..modeling.modeling_dino_vit import DinoVitForImageClassification, DinoVitModel
 from ..modeling.modeling_sgtr import SgtrForSceneGraphGeneration
 from ..modeling.modeling_sgtr_detr import SgtrDetrForObjectDetection
@@ -66,7 +67,7 @@ _SGTR_SETTINGS: dict[str, dict[str, Any]] = {
 }
 _RESNETS = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101"}
 
-Network = Literal["teacher", "student"]
+Network = Literal["teacher", "student", "both"]
 
 
 class ConvertedCheckpoint(NamedTuple):
@@ -203,10 +204,59 @@ def _convert_dino(entries: Mapping[str, Any], options: ConversionOptions) -> Con
     classifier = unwrap(entries, "state_dict")
     if "linear.weight" in classifier:
         return _convert_dino_classifier(classifier, options)
+    if options.network == "both":
+        return _convert_dino_pretraining(entries)
     weights = _dino_backbone(entries, options.network)
     model = DinoVitModel(_dino_config(weights))
     report = fill(model, rename(weights, formats.DINO))
     return ConvertedCheckpoint(model, DinoVitImageProcessor(), report)
+
+
+def _convert_dino_pretraining(entries: Mapping[str, Any]) -> ConvertedCheckpoint:
+    """Take all that a training goes on from but the state of its optimizer."""
+    networks = {name: _dino_backbone(entries, name) for name in ("teacher", "student")}
+    teacher, student = networks["teacher"], networks["student"]
+    for name, weights in networks.items():
+        if "head.last_layer.weight_g" not in weights:
+            raise ValueError(
+                f"The {name} has no projection head (`head.last_layer.weight_g`), without which "
+                "training cannot go on; convert one network: `--network teacher`."
+            )
+    config = _dino_config(teacher)
+    config.update(_dino_head_sizes(teacher))
+    config.drop_path = float(training_setting(entries, "drop_path_rate") or 0.0)
+    is_fixed = training_setting(entries, "norm_last_layer")
+    if is_fixed is None:
+        lengths = student["head.last_layer.weight_g"]
+        is_fixed = lengths.equal(torch.ones_like(lengths))
+    config.fixed_prototype_length = bool(is_fixed)
+    tensors: Weights = {}
+    used = 0
+    for weights, prefix in ((teacher, ""), (student, "student.")):
+        renamed = rename(weights, formats.DINO_PRETRAINING)
+        used += renamed.used
+        for name, tensor in renamed.tensors.items():
+            tensors[prefix + (name if name.startswith("head.") else f"model.{name}")] = tensor
+    # Files of other trainings, converted to this layout, may lack the state of the loss.
+    loss = unwrap(entries["dino_loss"], "state_dict") if "dino_loss" in entries else {}
+    if "center" in loss:
+        tensors["center"] = loss["center"].flatten()
+    both = RenamedWeights(tensors, used + len(loss), 0)
+    model = DinoVitForPreTraining(config)
+    report = fill(model, both, is_new=re.compile(r"^center$"))
+    return ConvertedCheckpoint(model, DinoVitImageProcessor(), report)
+
+
+def _dino_head_sizes(weights: Weights) -> dict[str, int]:
+    num_prototypes, bottleneck = _shape(weights, "head.last_layer.weight_v")
+    return {
+        "num_prototypes": num_prototypes,
+        "head_layers": sum(
+            name.startswith("head.mlp.") and name.endswith(".weight") for name in weights
+        ),
+        "head_hidden_dim": _shape(weights, "head.mlp.0.weight")[0],
+        "head_bottleneck_dim": bottleneck,
+    }
 
 
 def _convert_dino_classifier(
@@ -217,6 +267,8 @@ def _convert_dino_classifier(
             "The file holds the weights of a linear classifier alone; give the file of its "
             "backbone with `--backbone`."
         )
+    if options.network == "both":
+        raise ValueError("A classifier stands on one network: `network` cannot be `both`.")
     weights = _dino_backbone(options.backbone, options.network)
     config = _dino_config(weights)
     rows, columns = classifier["linear.weight"].shape
