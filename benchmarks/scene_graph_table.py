@@ -1,6 +1,6 @@
 """A row a model: accuracy in three modes, size and time, on one split.
 
-    python benchmarks/scene_graph_table.py DATA MODEL [MODEL ...] [--output rows.json]
+    python benchmarks/scene_graph_table.py DATA MODEL [MODEL ...] [--labels-per-entity 2]
 
 The rival of `dense_pair_head.py` is one of the models; it takes no given entities. Recalls are of
 the graphs as emitted; "left, ..." is the least recall at 20 of left of, right of, in front of and
@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoImageProcessor
 
 from dense_pair_head import DensePairHead
 from sgtr_hf import SgtrForSceneGraphGeneration
+from sgtr_hf.command_arguments import add_labels_per_entity
 from sgtr_hf.data.training_dataset import Collator, SceneGraphDataset, load_split
 from sgtr_hf.metrics.frequency_baseline import FrequencyBaseline
 from sgtr_hf.metrics.recall import SceneGraphRecall
@@ -44,15 +45,19 @@ NUM_DRAWS = 1000
 class RecordingEvaluator(Evaluator):
     """Also measures the recall of triplets that training has never seen."""
 
-    def __init__(self, seen_triplets: TrainingTriplets, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(
+        self, seen_triplets: TrainingTriplets, *arguments: Any, labels_per_entity: int
+    ) -> None:
+        super().__init__(*arguments, labels_per_entity=labels_per_entity)
         self.zero_shot = SceneGraphRecall(protocol=UNCONSTRAINED, seen_triplets=seen_triplets)
 
     def update(self, outputs: Any, references: list[Any]) -> None:
         """Add a batch."""
         super().update(outputs, references)
         sizes = torch.tensor([reference.image_size for reference in references])
-        graphs = self.image_processor.post_process_scene_graph(outputs, target_sizes=sizes)
+        graphs = self.image_processor.post_process_scene_graph(
+            outputs, target_sizes=sizes, labels_per_entity=self.labels_per_entity
+        )
         self.zero_shot.update(graphs, references)
 
 
@@ -114,7 +119,7 @@ def compare(first: FoundShares, other: FoundShares) -> list[tuple[float, float]]
 
 
 def measure(
-    path: str, dataset: SceneGraphDataset, train: SceneGraphDataset
+    path: str, dataset: SceneGraphDataset, train: SceneGraphDataset, labels_per_entity: int
 ) -> tuple[dict[str, float], FoundShares]:
     """Return the row of a model, and what it finds in each image."""
     model = load_model(path)
@@ -127,7 +132,14 @@ def measure(
     modes = ["sgdet"] if isinstance(model, DensePairHead) else ["sgdet", "sgcls", "predcls"]
     for mode in modes:
         names = (dataset.id2label, dataset.id2predicate)
-        evaluator = RecordingEvaluator(seen_triplets, processor, *names, baseline)
+        evaluator = RecordingEvaluator(
+            seen_triplets,
+            processor,
+            *names,
+            baseline,
+            # Given boxes have one class each.
+            labels_per_entity=labels_per_entity if mode == "sgdet" else 1,
+        )
         loader = DataLoader(dataset, batch_size=16, collate_fn=Collator(processor))
         evaluate(model, loader, evaluator, mode)
         figures = evaluator.compute()
@@ -164,6 +176,7 @@ def main() -> None:
     parser.add_argument("models", nargs="+")
     parser.add_argument("--split", default="test")
     parser.add_argument("--output", type=Path)
+    add_labels_per_entity(parser)
     options = parser.parse_args()
     dataset = SceneGraphDataset(load_split(options.data, options.split))
     train = SceneGraphDataset(load_split(options.data, "train"))
@@ -171,7 +184,7 @@ def main() -> None:
     print("| model | " + " | ".join(COLUMNS) + " |")
     print("|---" * (len(COLUMNS) + 1) + "|")
     for path in options.models:
-        rows[path], shares[path] = measure(path, dataset, train)
+        rows[path], shares[path] = measure(path, dataset, train, options.labels_per_entity)
         cells = [f"{rows[path][name]:.3f}" if name in rows[path] else "" for name in COLUMNS]
         print(f"| {path} | " + " | ".join(cells) + " |", flush=True)
     first = options.models[0]

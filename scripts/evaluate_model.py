@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 import sgtr_hf
+from sgtr_hf.command_arguments import add_labels_per_entity
 from sgtr_hf.data.training_dataset import Collator, SceneGraphDataset, load_split
 from sgtr_hf.metrics.frequency_baseline import FrequencyBaseline
 from sgtr_hf.training.evaluation import (
@@ -42,6 +43,7 @@ def main() -> None:
         default="sgdet",
         help="give the model nothing, the annotated boxes, or boxes and classes",
     )
+    add_labels_per_entity(parser)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--output", type=Path, help="write the report as JSON")
     options = parser.parse_args()
@@ -66,7 +68,18 @@ def evaluate_model(options: argparse.Namespace) -> dict[str, Any]:
         train = SceneGraphDataset(load_split(options.data, "train"))
         sizes = (len(train.id2label), len(train.id2predicate))
         baseline = FrequencyBaseline(*sizes).fit(train.references())
-    evaluator = Evaluator(image_processor, dataset.id2label, dataset.id2predicate, baseline)
+    if options.labels_per_entity > 1 and options.mode != "sgdet":
+        raise ValueError(
+            f"`--labels-per-entity` is of the mode sgdet; the boxes that {options.mode} is given "
+            "have one class each."
+        )
+    evaluator = Evaluator(
+        image_processor,
+        dataset.id2label,
+        dataset.id2predicate,
+        baseline,
+        labels_per_entity=options.labels_per_entity,
+    )
     loader = DataLoader(
         dataset, batch_size=options.batch_size, collate_fn=Collator(image_processor)
     )
@@ -78,6 +91,7 @@ def evaluate_model(options: argparse.Namespace) -> dict[str, Any]:
         "data": str(options.data),
         "split": options.split,
         "mode": options.mode,
+        "labels_per_entity": options.labels_per_entity,
         "images": len(dataset),
         "seconds": round(time.monotonic() - started, 1),
         "version": sgtr_hf.__version__,

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -92,6 +94,59 @@ def test_equals_deciding_one_by_one(seed, graph_constraint):
         np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
+def said_triplets(graph):
+    """What a graph says: score, predicate, boxes and classes of subject and object; sorted."""
+    return sorted(
+        (round(float(score), 6), predicate, *(
+            (*graph.boxes_xyxy[entity].round(4).tolist(), int(graph.labels[entity]))
+            for entity in (subject, object_)
+        ))
+        for score, (subject, object_, predicate) in zip(
+            graph.relation_scores, graph.relations.tolist(), strict=True
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("is_unified", [False, True])
+@pytest.mark.parametrize("labels_per_entity", [2, 9])
+def test_triplets_of_all_classes_of_an_entity_compete(labels_per_entity, is_unified):
+    outputs = random_outputs()
+    if is_unified:
+        for role in ("subject", "object"):
+            outputs[f"{role}_log_correspondence"] = outputs[f"{role}_scores"].log()
+    arguments = {"top_k": 10_000, "duplicate_threshold": 1.0}
+    found = find_scene_graphs(outputs, None, labels_per_entity=labels_per_entity, **arguments)
+    # With one class of certainty each, the scores are those of predicates and links alone.
+    certain = torch.zeros_like(outputs["entity_probabilities"])
+    certain[..., 0] = 1
+    bare = find_scene_graphs(outputs | {"entity_probabilities": certain}, None, **arguments)
+    num_labels = min(labels_per_entity, NUM_CLASSES)
+    for image, graph in enumerate(bare):
+        corners = box_cxcywh_to_xyxy(outputs["pred_boxes"][image]).clamp(0, 1)
+        entity_of = {tuple(box): number for number, box in enumerate(corners.tolist())}
+        scores, labels = outputs["entity_probabilities"][image].topk(num_labels)
+        expected = []
+        for score, (*pair, predicate) in zip(
+            graph.relation_scores.tolist(), graph.relations.tolist(), strict=True
+        ):
+            boxes = [graph.boxes_xyxy[node].tolist() for node in pair]
+            subject, object_ = (entity_of[tuple(box)] for box in boxes)
+            for first, second in itertools.product(range(num_labels), repeat=2):
+                product = score * scores[subject, first] * scores[object_, second]
+                named = [
+                    (*np.float32(boxes[0]).round(4).tolist(), int(labels[subject, first])),
+                    (*np.float32(boxes[1]).round(4).tolist(), int(labels[object_, second])),
+                ]
+                expected.append((float(product), predicate, *named))
+        said = said_triplets(found[image])
+        assert len(said) == len(expected) == num_labels**2 * graph.num_relations
+        for one, other in zip(said, sorted(expected), strict=True):
+            assert one[0] == pytest.approx(other[0], abs=2e-6)
+        assert sorted(row[1:] for row in said) == sorted(row[1:] for row in expected)
+        nodes = np.unique(found[image].relations[:, :2])
+        assert len(nodes) == num_labels * len(np.unique(graph.relations[:, :2]))
+
+
 def test_batched_equals_single():
     outputs = random_outputs(num_images=3)
     together = find_scene_graphs(outputs, [(100, 200)] * 3)
@@ -134,7 +189,11 @@ def test_nan_is_a_clear_error(field):
 
 @pytest.mark.parametrize(
     ("arguments", "field"),
-    [({"threshold": 1.5}, "threshold"), ({"top_k": 0}, "top_k")],
+    [
+        ({"threshold": 1.5}, "threshold"),
+        ({"top_k": 0}, "top_k"),
+        ({"labels_per_entity": 0}, "labels_per_entity"),
+    ],
 )
 def test_wrong_arguments(arguments, field):
     with pytest.raises(ValueError, match=field):

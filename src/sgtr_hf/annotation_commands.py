@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import hf_hub_download
 
 from .auto import DEFAULT_CHECKPOINT
-from .command_arguments import model_folder, positive, probability
+from .command_arguments import add_labels_per_entity, model_folder, positive, probability
 from .configuration.configuration_sgtr import SgtrConfig
 
 
@@ -103,6 +103,7 @@ def _settings(options: argparse.Namespace, revision: str) -> "AnnotationSettings
         threshold=options.threshold,
         top_k=options.top_k,
         graph_constraint=options.graph_constraint,
+        labels_per_entity=options.labels_per_entity,
         distributions=options.distributions,
     )
 
@@ -153,6 +154,7 @@ def add_annotation_commands(
     parser.add_argument(
         "--graph-constraint", action="store_true", help="one predicate for each pair of entities"
     )
+    add_labels_per_entity(parser)
     parser.add_argument(
         "--distributions", action="store_true", help="also write the score of every predicate"
     )

@@ -13,6 +13,7 @@ from ._version import __version__
 from .annotation_commands import add_annotation_commands
 from .auto import DEFAULT_CHECKPOINT, TASK
 from .command_arguments import (
+    add_labels_per_entity,
     check_output_names,
     image_paths,
     model_folder,
@@ -55,6 +56,7 @@ def predict(options: argparse.Namespace) -> int:
                     threshold=options.threshold,
                     top_k=options.top_k,
                     graph_constraint=options.graph_constraint,
+                    labels_per_entity=options.labels_per_entity,
                 )
             except (OSError, ValueError, UnidentifiedImageError) as error:
                 print(f"{path}: {error}", file=sys.stderr)
@@ -203,6 +205,7 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="keep one predicate for each ordered pair of entities",
     )
+    add_labels_per_entity(parser)
 
 
 def _add_make_tabletop(parser: argparse.ArgumentParser) -> None:

@@ -77,3 +77,14 @@ def check_output_names(drawing: Path | None, *others: Path | None) -> None:
             raise ValueError(f"the folder {path.parent} of {path.name} does not exist.")
     if drawing is not None and drawing.suffix.lower() not in IMAGE_SUFFIXES:
         raise ValueError(f"the drawing {drawing} must end like an image file, as in graph.png.")
+
+
+def add_labels_per_entity(parser: argparse.ArgumentParser) -> None:
+    """Add the option of that name."""
+    parser.add_argument(
+        "--labels-per-entity",
+        type=positive,
+        default=1,
+        metavar="L",
+        help="likeliest classes of an entity that may each be a node; 2 raises recall",
+    )

@@ -40,15 +40,17 @@ class LegacyRules(NamedTuple):
 
 
 class _Entities(NamedTuple):
+    """N entities with L classes each: row `rank` * N + `entity` is one with its class of a rank."""
+
     scores: Tensor
-    """(B, N)."""
+    """(B, L * N)."""
     labels: Tensor
-    """(B, N)."""
+    """(B, L * N)."""
     boxes: Tensor
-    """(B, N, 4) corners in pixels."""
+    """(B, L * N, 4) corners in pixels."""
 
     def overlap(self, legacy: LegacyRules) -> Tensor:
-        """(B, N, N) how much each entity covers each other."""
+        """(B, L * N, L * N) how much each entity covers each other."""
         if legacy.self_overlap:
             boxes = box_cxcywh_to_xyxy(self.boxes, legacy.box_offset)
             return generalized_box_iou(boxes[:, :, None], boxes[:, None])
@@ -129,6 +131,7 @@ def find_scene_graphs(  # noqa: PLR0913 - an argument for each choice of the cal
     top_k: int = 100,
     graph_constraint: bool = False,
     duplicate_threshold: float = DUPLICATE_IOU,
+    labels_per_entity: int = 1,
     names: tuple[Mapping[int, str] | None, Mapping[int, str] | None] = (None, None),
     legacy: LegacyRules = LegacyRules(),  # noqa: B008 - immutable
 ) -> list[SceneGraph]:
@@ -150,6 +153,9 @@ def find_scene_graphs(  # noqa: PLR0913 - an argument for each choice of the cal
         graph_constraint: Keep only the best predicate of an ordered pair of entities.
         duplicate_threshold: Overlap of both boxes above which two triplets of the same classes and
             predicate say the same, in [0, 1]; 1 keeps all but those of the very same entities.
+        labels_per_entity: An entity may be one node for each of so many of its likeliest classes,
+            and the triplets of all compete. 1 gives a thing one name, as a reader wants it; 2 finds
+            more of what is annotated, since recall does not mind the second name.
         names: Of classes and of predicates.
         legacy: Rules of the released SGTR to follow.
 
@@ -158,10 +164,16 @@ def find_scene_graphs(  # noqa: PLR0913 - an argument for each choice of the cal
     """
     _check_probability("threshold", threshold)
     _check_probability("duplicate_threshold", duplicate_threshold)
-    if top_k < 1:
-        raise ValueError(f"`top_k` must be at least 1, got {top_k}.")
+    for name, number in (("top_k", top_k), ("labels_per_entity", labels_per_entity)):
+        if number < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {number}.")
+    probabilities = outputs["entity_probabilities"]
     entities = _read_entities(
-        outputs["entity_probabilities"], outputs["pred_boxes"], target_sizes, legacy
+        probabilities,
+        outputs["pred_boxes"],
+        target_sizes,
+        legacy,
+        min(labels_per_entity, probabilities.shape[-1]),
     )
     overlap = entities.overlap(legacy)
     predicates = outputs["predicate_probabilities"]
@@ -193,9 +205,18 @@ def find_scene_graphs(  # noqa: PLR0913 - an argument for each choice of the cal
 
 
 def _read_entities(
-    probabilities: Tensor, pred_boxes: Tensor, target_sizes: TargetSizes, legacy: LegacyRules
+    probabilities: Tensor,
+    pred_boxes: Tensor,
+    target_sizes: TargetSizes,
+    legacy: LegacyRules,
+    num_labels: int = 1,
 ) -> _Entities:
-    scores, labels = probabilities.float().max(dim=-1)
+    if num_labels == 1:
+        scores, labels = probabilities.float().max(dim=-1)
+    else:
+        scores, labels = (
+            field.transpose(1, 2).flatten(1) for field in probabilities.float().topk(num_labels)
+        )
     boxes = box_cxcywh_to_xyxy(pred_boxes.float(), legacy.box_offset)
     if not legacy.open_border:
         # A NaN stays one, so that it is found below.
@@ -208,7 +229,7 @@ def _read_entities(
                 f"{len(boxes)} images."
             )
         boxes = scale_boxes(boxes, sizes)
-    return _Entities(scores, labels, boxes)
+    return _Entities(scores, labels, boxes.repeat(1, num_labels, 1))
 
 
 def _choose_predicates(predicates: Tensor, legacy: LegacyRules) -> tuple[Tensor, Tensor, Tensor]:
@@ -228,13 +249,15 @@ def _assemble_by_rank(
     assembling_scores: tuple[Tensor, Tensor],
 ) -> _Triplets:
     """Link the candidates to their best entities, rank with rank, best first."""
-    links = min(LINKS, entities.scores.shape[1])
+    num_entities = assembling_scores[0].shape[-1]
+    links = min(LINKS, num_entities)
     linked = []
     for scores in assembling_scores:
         best = scores.topk(links, dim=-1).indices
         linked.append(best.gather(1, candidates[1][..., None].expand(-1, -1, links)).flatten(1))
-    subject, object_ = linked
-    score, query, predicate = (field.repeat_interleave(links, dim=1) for field in candidates)
+    subject, object_ = _with_labels(entities, num_entities, linked[0], linked[1])
+    repeats = subject.shape[1] // candidates[0].shape[1]
+    score, query, predicate = (field.repeat_interleave(repeats, dim=1) for field in candidates)
     score = score * entities.scores.gather(1, subject) * entities.scores.gather(1, object_)
     score = torch.where(_is_impossible(entities, overlap, subject, object_), -1.0, score)
     score, order = score.sort(dim=-1, descending=True, stable=True)
@@ -252,7 +275,8 @@ def _assemble_unified(
     count: int,
 ) -> _Triplets:
     """Make the best `count` triplets of all predicates with the best pairs of their query."""
-    num_links, num_predicates = min(LINKS, entities.scores.shape[1]), predicates.shape[2]
+    num_entities, num_predicates = correspondence[0].shape[-1], predicates.shape[2]
+    num_links = min(LINKS, num_entities)
     (subject_links, subjects), (object_links, objects) = (
         role.float().topk(num_links) for role in correspondence
     )
@@ -262,11 +286,13 @@ def _assemble_unified(
     links, cells = products.flatten(-2).topk(num_links)
     subject = subjects.gather(-1, cells // num_links).flatten(1)
     object_ = objects.gather(-1, cells % num_links).flatten(1)
-    factor = links.flatten(1) * entities.scores.gather(1, subject)
-    factor = factor * entities.scores.gather(1, object_)
-    is_impossible = _is_impossible(entities, overlap, subject, object_) | (links.flatten(1) == 0)
-    # (B, Q * K, P) -> (B, Q * K * P)
-    scores = factor[..., None] * predicates.float().repeat_interleave(num_links, dim=1)
+    subject, object_ = _with_labels(entities, num_entities, subject, object_)
+    factor = links.flatten(1).repeat_interleave(subject.shape[1] // links[0].numel(), dim=1)
+    is_impossible = _is_impossible(entities, overlap, subject, object_) | (factor == 0)
+    factor = factor * entities.scores.gather(1, subject) * entities.scores.gather(1, object_)
+    # (B, M, P) -> (B, M * P), where each query has as many of the M.
+    pairs_per_query = subject.shape[1] // predicates.shape[1]
+    scores = factor[..., None] * predicates.float().repeat_interleave(pairs_per_query, dim=1)
     scores = scores.masked_fill(is_impossible[..., None], -1).flatten(1)
     score, best = scores.topk(min(count, scores.shape[1]))
     link = best // num_predicates
@@ -274,9 +300,20 @@ def _assemble_unified(
         subject.gather(1, link),
         object_.gather(1, link),
         best % num_predicates,
-        link // num_links,
+        link // pairs_per_query,
         score,
     )
+
+
+def _with_labels(
+    entities: _Entities, num_entities: int, subject: Tensor, object_: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Make of pairs of entities (B, M) those of all their classes: (B, M * L * L)."""
+    ranks = torch.arange(entities.scores.shape[1] // num_entities, device=subject.device)
+    if len(ranks) == 1:
+        return subject, object_
+    first, second = (num_entities * torch.cartesian_prod(ranks, ranks)).unbind(-1)
+    return (subject[..., None] + first).flatten(1), (object_[..., None] + second).flatten(1)
 
 
 def _is_impossible(

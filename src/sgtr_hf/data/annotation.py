@@ -49,6 +49,7 @@ class AnnotationSettings:
         threshold: Least score of a relation.
         top_k: Most relations a picture.
         graph_constraint: Keep one predicate for each ordered pair of entities.
+        labels_per_entity: Classes of an entity that may each be a node of the graph.
         distributions: Write the score of every predicate, for recall without graph constraint.
     """
 
@@ -59,6 +60,7 @@ class AnnotationSettings:
     threshold: float = 0.1
     top_k: int = 100
     graph_constraint: bool = False
+    labels_per_entity: int = 1
     distributions: bool = False
 
 
@@ -264,6 +266,7 @@ class Annotator:
                 threshold=settings.threshold,
                 top_k=settings.top_k,
                 graph_constraint=settings.graph_constraint,
+                labels_per_entity=settings.labels_per_entity,
                 target_sizes=batch.sizes,
                 id2label=self.model.config.id2label,
                 id2predicate=self.model.config.id2predicate,

@@ -197,6 +197,7 @@ class _SgtrImageProcessing:
         target_sizes: Tensor | Sequence[tuple[int, int]] | None = None,
         graph_constraint: bool = False,
         duplicate_threshold: float = DUPLICATE_IOU,
+        labels_per_entity: int = 1,
         id2label: Mapping[int, str] | None = None,
         id2predicate: Mapping[int, str] | None = None,
     ) -> list[SceneGraph]:
@@ -210,6 +211,8 @@ class _SgtrImageProcessing:
             graph_constraint: Keep only the best predicate of an ordered pair of entities.
             duplicate_threshold: Overlap of both boxes above which two triplets of the same classes
                 and predicate say the same; 1 keeps all but those of the very same entities.
+            labels_per_entity: Classes of an entity that may each be a node of the graph; 2 finds
+                more of what is annotated, 1 gives a thing one name.
             id2label: Names of classes for the results.
             id2predicate: Names of predicates for the results.
 
@@ -223,6 +226,7 @@ class _SgtrImageProcessing:
             top_k=top_k,
             graph_constraint=graph_constraint,
             duplicate_threshold=duplicate_threshold,
+            labels_per_entity=labels_per_entity,
             names=(id2label, id2predicate),
             legacy=self._legacy_rules,
         )

@@ -29,7 +29,13 @@ _OUTPUT_FIELDS = (
 # Given entities differ in number from picture to picture, so they stay lists.
 _LIST_FIELDS = ("entity_boxes", "entity_labels")
 _PREPROCESS_ARGUMENTS = ("timeout", "boxes", "labels")
-_POSTPROCESS_ARGUMENTS = ("threshold", "top_k", "graph_constraint", "duplicate_threshold")
+_POSTPROCESS_ARGUMENTS = (
+    "threshold",
+    "top_k",
+    "graph_constraint",
+    "duplicate_threshold",
+    "labels_per_entity",
+)
 
 
 class SceneGraphPipeline(Pipeline):
@@ -50,6 +56,7 @@ class SceneGraphPipeline(Pipeline):
         graph_constraint: Keep only the best predicate of an ordered pair of entities.
         duplicate_threshold: Overlap of both boxes above which two triplets of the same classes and
             predicate say the same.
+        labels_per_entity: Classes of an entity that may each be a node of the graph.
         timeout: Seconds to wait for the download of a URL.
     """
 

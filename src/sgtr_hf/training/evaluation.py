@@ -54,6 +54,8 @@ class Evaluator:
         id2predicate: Names of predicates.
         baseline: Fitted on training annotations; None for a detector.
         top_k: Relations a picture that count.
+        labels_per_entity: Of the graphs that the model makes. Baseline and ceiling take the best
+            class of an entity alone.
     """
 
     def __init__(
@@ -63,8 +65,10 @@ class Evaluator:
         id2predicate: dict[int, str],
         baseline: FrequencyBaseline | None = None,
         top_k: int = 100,
+        labels_per_entity: int = 1,
     ) -> None:
         self.image_processor = image_processor
+        self.labels_per_entity = labels_per_entity
         self.names = {"id2label": id2label, "id2predicate": id2predicate}
         self.baseline = baseline
         self.top_k = top_k
@@ -91,9 +95,13 @@ class Evaluator:
         )
         if self.baseline is None:
             return
-        # The nodes of a graph have one class each.
         detections = detect(outputs, threshold=0.0, target_sizes=sizes)
-        arguments = {"top_k": self.top_k, "target_sizes": sizes, **self.names}
+        arguments = {
+            "top_k": self.top_k,
+            "target_sizes": sizes,
+            "labels_per_entity": self.labels_per_entity,
+            **self.names,
+        }
         process = self.image_processor.post_process_scene_graph
         graphs = process(outputs, **arguments)
         constrained = process(outputs, graph_constraint=True, **arguments)
