@@ -10,14 +10,13 @@ from torchvision.transforms import v2
 from transformers import PreTrainedModel
 
 from ...data.training_pictures import ChangedPicture
-from ...image_processing.multi_crop import normalize_crops
 from ...modeling.modeling_dino_vit import DinoVitForImageClassification
 from ...self_supervision.feature_extraction import extract_features
 from ...self_supervision.image_preparation import ProcessorPreparation
 from ..checkpoints import Progress
 from ..image_recipe import ClassificationRecipe
 from ..recipe import Recipe
-from .picture_task import PictureTask
+from .picture_task import PictureCollator, PictureTask
 
 
 class ClassificationTask(PictureTask):
@@ -126,15 +125,8 @@ class ClassificationTask(PictureTask):
         }
 
 
-class ClassificationCollator:
-    """Makes a batch of images and classes.
-
-    Args:
-        image_processor: Gives mean and standard deviation.
-    """
-
-    def __init__(self, image_processor: Any) -> None:
-        self.mean, self.std = image_processor.image_mean, image_processor.image_std
+class ClassificationCollator(PictureCollator):
+    """Makes a batch of images and classes."""
 
     def __call__(self, items: list[ChangedPicture]) -> dict[str, Any]:
         """Return pixel_values (B, 3, H, W), labels (B,) and names.
@@ -147,7 +139,7 @@ class ClassificationCollator:
                 raise ValueError(f"Image {item.name} has no class.")
         pixels = torch.stack([item.pixels for item in items])
         return {
-            "pixel_values": normalize_crops(pixels, self.mean, self.std),
+            "pixel_values": self.normalize(pixels),
             "labels": torch.tensor([item.label for item in items]),
             "names": [item.name for item in items],
         }

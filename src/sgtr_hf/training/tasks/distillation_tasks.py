@@ -43,10 +43,9 @@ class DistilledSceneGraphTask(SceneGraphTask):
 
     def __init__(self, recipe: Recipe, accelerator: Accelerator) -> None:
         super().__init__(recipe, accelerator)
-        name = teacher_of(recipe)
-        teacher = SgtrForSceneGraphGeneration.from_pretrained(name, dtype=torch.float32)
-        self.teacher = teacher.eval().requires_grad_(False).to(accelerator.device)
-        processor = SgtrImageProcessor.from_pretrained(name)
+        self.teacher = load_teacher(recipe, SgtrForSceneGraphGeneration)
+        self.teacher.to(accelerator.device)
+        processor = SgtrImageProcessor.from_pretrained(teacher_of(recipe))
         if not (recipe.image_processor or recipe.pretrained_model or recipe.detector):
             self.image_processor = processor
         check_same_view(self.image_processor, processor, _SEEN)
@@ -92,10 +91,9 @@ class DistilledClassificationTask(ClassificationTask):
 
     def __init__(self, recipe: Recipe, accelerator: Accelerator) -> None:
         super().__init__(recipe, accelerator)
-        name = teacher_of(recipe)
-        teacher = AutoModelForImageClassification.from_pretrained(name, dtype=torch.float32)
-        self.teacher = teacher.eval().requires_grad_(False).to(accelerator.device)
-        processor = AutoImageProcessor.from_pretrained(name)
+        self.teacher = load_teacher(recipe, AutoModelForImageClassification)
+        self.teacher.to(accelerator.device)
+        processor = AutoImageProcessor.from_pretrained(teacher_of(recipe))
         if not (recipe.image_processor or recipe.pretrained_model):
             self.image_processor = processor
         check_same_view(self.image_processor, processor, _SEEN_CLASSIFIED)
@@ -142,6 +140,17 @@ def teacher_of(recipe: Recipe) -> str:
     if recipe.distillation.teacher is None:
         raise ValueError("The recipe lacks `distillation.teacher`, which distillation needs.")
     return recipe.distillation.teacher
+
+
+def load_teacher(recipe: Recipe, kind: Any) -> PreTrainedModel:
+    """Load a model that is asked and not trained.
+
+    Args:
+        recipe: Names it.
+        kind: Class whose `from_pretrained` loads it.
+    """
+    teacher: PreTrainedModel = kind.from_pretrained(teacher_of(recipe), dtype=torch.float32)
+    return teacher.eval().requires_grad_(False)
 
 
 def check_same_view(student: Any, teacher: Any, names: tuple[str, ...]) -> None:

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedModel
 
@@ -17,6 +18,7 @@ from ...data.training_pictures import (
     TrainingPictureStream,
 )
 from ...image_processing.image_processing_dino_vit import DinoVitImageProcessor
+from ...image_processing.multi_crop import normalize_crops
 from ...modeling.modeling_dino_vit import DinoVitPreTrainedModel
 from ..batch_loaders import make_loader, make_stream_loader
 from ..image_recipe import ImageDataSettings
@@ -137,6 +139,21 @@ class PictureTask(TrainingTask):
                 f"`data.path`: {error} `data.train_split` and `data.validation_split` name the "
                 "splits."
             ) from error
+
+
+class PictureCollator:
+    """What the collators of these tasks share.
+
+    Args:
+        image_processor: Gives mean and standard deviation.
+    """
+
+    def __init__(self, image_processor: Any) -> None:
+        self.mean, self.std = image_processor.image_mean, image_processor.image_std
+
+    def normalize(self, pixels: Tensor) -> Tensor | None:
+        """Make model input of bytes (..., 3, H, W); None of no images."""
+        return normalize_crops(pixels, self.mean, self.std) if len(pixels) else None
 
 
 def _load_image_processor(source: str) -> DinoVitImageProcessor:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ...data.picture_source import PictureStream
 from ...data.training_pictures import ChangedPicture
 from ...image_processing.batched_crops import BatchedMultiCrop, CropDraws
-from ...image_processing.multi_crop import MultiCrop, normalize_crops
+from ...image_processing.multi_crop import MultiCrop
 from ...modeling.modeling_dino_pretraining import DinoVitForPreTraining
 from ...self_supervision.feature_extraction import extract_features
 from ...self_supervision.image_preparation import ProcessorPreparation
@@ -31,7 +31,7 @@ from ..self_distillation_schedules import (
     make_parameter_groups,
     make_schedules,
 )
-from .picture_task import PictureTask
+from .picture_task import PictureCollator, PictureTask
 from .training_task import RunLength
 
 
@@ -196,15 +196,8 @@ class SelfDistillationTask(PictureTask):
         return torch.cat([vectors for vectors, _ in shares]), torch.cat([row for _, row in shares])
 
 
-class CropCollator:
-    """Makes a batch of crops.
-
-    Args:
-        image_processor: Gives mean and standard deviation.
-    """
-
-    def __init__(self, image_processor: Any) -> None:
-        self.mean, self.std = image_processor.image_mean, image_processor.image_std
+class CropCollator(PictureCollator):
+    """Makes a batch of crops."""
 
     def __call__(self, items: list[ChangedPicture]) -> dict[str, Any]:
         """Return pixel_values (2, B, 3, H, W), local_pixel_values (L, B, 3, h, w), and names."""
@@ -214,11 +207,11 @@ class CropCollator:
             ("local_pixel_values", "local_crops"),
         ):
             crops = torch.stack([getattr(item.pixels, field) for item in items], dim=1)
-            batch[name] = normalize_crops(crops, self.mean, self.std) if len(crops) else None
+            batch[name] = self.normalize(crops)
         return batch
 
 
-class BatchedCropCollator:
+class BatchedCropCollator(PictureCollator):
     """Makes a batch of images, and then its crops.
 
     Args:
@@ -227,7 +220,7 @@ class BatchedCropCollator:
     """
 
     def __init__(self, image_processor: Any, crop: BatchedMultiCrop) -> None:
-        self.mean, self.std = image_processor.image_mean, image_processor.image_std
+        super().__init__(image_processor)
         self.crop = crop
 
     def __call__(self, items: list[ChangedPicture]) -> dict[str, Any]:
@@ -248,10 +241,8 @@ class BatchedCropCollator:
         views, local = self.crop(torch.stack(images), numbers)
         return {
             "names": [item.name for item in items],
-            "pixel_values": normalize_crops(views, self.mean, self.std),
-            "local_pixel_values": normalize_crops(local, self.mean, self.std)
-            if len(local)
-            else None,
+            "pixel_values": self.normalize(views),
+            "local_pixel_values": self.normalize(local),
         }
 
 
