@@ -21,7 +21,7 @@ from sgtr_hf.losses.detection_loss import counts_of, focal_loss
 from sgtr_hf.losses.hungarian_matching import LossCounts, PaddedAnnotations, assign_all
 from sgtr_hf.modeling.graph_outputs import SgtrSceneGraphOutput
 from sgtr_hf.modeling.modeling_sgtr_detr import entity_probabilities
-from sgtr_hf.modeling.prediction_heads import ClassHead
+from sgtr_hf.modeling.prediction_heads import ClassHead, triplet_class_probabilities
 from sgtr_hf.training.command import run_recipe
 from sgtr_hf.training.tasks.scene_tasks import SceneGraphTask
 
@@ -116,7 +116,8 @@ class DensePairHead(SgtrForSceneGraphGeneration):
         self, levels: Any, probabilities: Tensor, logits: Tensor
     ) -> SgtrSceneGraphOutput:
         """Give the likeliest triplets a query each, whose links are certain."""
-        scores = probabilities.amax(-1)
+        calibrated = triplet_class_probabilities(self.config, probabilities)
+        scores = calibrated.amax(-1)
         num_entities, num_predicates = logits.shape[1], logits.shape[-1]
         likelihood = logits.sigmoid() * scores[:, :, None, None] * scores[:, None, :, None]
         same = torch.eye(num_entities, dtype=torch.bool, device=logits.device)
@@ -134,6 +135,7 @@ class DensePairHead(SgtrForSceneGraphGeneration):
             logits=levels.logits[-1],
             pred_boxes=levels.boxes[-1],
             entity_probabilities=probabilities,
+            triplet_class_probabilities=calibrated,
             predicate_logits=single,
             predicate_probabilities=single.sigmoid(),
             subject_scores=links[0].exp(),

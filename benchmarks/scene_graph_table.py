@@ -29,6 +29,7 @@ from sgtr_hf.data.training_dataset import Collator, SceneGraphDataset, load_spli
 from sgtr_hf.metrics.frequency_baseline import FrequencyBaseline
 from sgtr_hf.metrics.recall import SceneGraphRecall
 from sgtr_hf.metrics.training_triplets import TrainingTriplets, count_training_triplets
+from sgtr_hf.training.class_calibration import fit_class_scores
 from sgtr_hf.training.evaluation import UNCONSTRAINED, Evaluator, evaluate
 
 
@@ -119,11 +120,17 @@ def compare(first: FoundShares, other: FoundShares) -> list[tuple[float, float]]
 
 
 def measure(
-    path: str, dataset: SceneGraphDataset, train: SceneGraphDataset, labels_per_entity: int
+    path: str,
+    dataset: SceneGraphDataset,
+    train: SceneGraphDataset,
+    labels_per_entity: int,
+    calibration: SceneGraphDataset | None,
 ) -> tuple[dict[str, float], FoundShares]:
     """Return the row of a model, and what it finds in each image."""
     model = load_model(path)
     processor = AutoImageProcessor.from_pretrained(path)
+    if calibration is not None:
+        fit_class_scores(model, DataLoader(calibration, 16, collate_fn=Collator(processor)))
     references = train.references()
     sizes = (len(train.id2label), len(train.id2predicate))
     baseline = FrequencyBaseline(*sizes).fit(references)
@@ -177,14 +184,22 @@ def main() -> None:
     parser.add_argument("--split", default="test")
     parser.add_argument("--output", type=Path)
     add_labels_per_entity(parser)
+    parser.add_argument(
+        "--calibrate-on", metavar="SPLIT", help="fit the class scores of each model there first"
+    )
     options = parser.parse_args()
     dataset = SceneGraphDataset(load_split(options.data, options.split))
     train = SceneGraphDataset(load_split(options.data, "train"))
+    calibration = None
+    if options.calibrate_on is not None:
+        calibration = SceneGraphDataset(load_split(options.data, options.calibrate_on))
     rows, shares = {}, {}
     print("| model | " + " | ".join(COLUMNS) + " |")
     print("|---" * (len(COLUMNS) + 1) + "|")
     for path in options.models:
-        rows[path], shares[path] = measure(path, dataset, train, options.labels_per_entity)
+        rows[path], shares[path] = measure(
+            path, dataset, train, options.labels_per_entity, calibration
+        )
         cells = [f"{rows[path][name]:.3f}" if name in rows[path] else "" for name in COLUMNS]
         print(f"| {path} | " + " | ".join(cells) + " |", flush=True)
     first = options.models[0]

@@ -1,12 +1,14 @@
 """Fit the meaning of a model's scores: `python scripts/calibrate_scores.py MODEL DATA`.
 
-Writes `score_temperature` and `score_offset` into the model's config.json, so that the score of a
-triplet is the probability that it is annotated; use a split that training has not seen.
+Writes `class_score_scale`, `class_score_rivalry`, `class_score_offset`, and after that
+`score_temperature` and `score_offset` into the model's config.json, so that the score of a triplet
+is the probability that it is annotated; use a split that training has not seen.
 """
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -16,6 +18,7 @@ from transformers import AutoImageProcessor
 from sgtr_hf import SgtrForSceneGraphGeneration
 from sgtr_hf.data.training_dataset import Collator, SceneGraphDataset, load_split
 from sgtr_hf.scene_graph import SceneGraph
+from sgtr_hf.training.class_calibration import fit_class_scores
 from sgtr_hf.training.evaluation import check_vocabularies
 from sgtr_hf.training.score_calibration import fit_calibration
 from sgtr_hf.visualization.evaluation_plots import draw_reliability_diagram
@@ -43,7 +46,15 @@ def calibrate(options: argparse.Namespace) -> None:
     model = SgtrForSceneGraphGeneration.from_pretrained(options.model, dtype=torch.float32).eval()
     dataset = SceneGraphDataset(load_split(options.data, options.split))
     check_vocabularies(model.config, dataset)
-    predictions, references = predict(model, dataset, options)
+    processor = AutoImageProcessor.from_pretrained(options.model)
+    loader = DataLoader(dataset, batch_size=options.batch_size, collate_fn=Collator(processor))
+    classes = fit_class_scores(model, loader)
+    print(
+        f"classes: scale {classes.class_score_scale:.4f}, rivalry "
+        f"{classes.class_score_rivalry:.4f}, offset {classes.class_score_offset:.4f}; negative "
+        f"log-likelihood {classes.before:.4f} before, {classes.after:.4f} after"
+    )
+    predictions, references = predict(model, loader, processor)
     fitted = fit_calibration(model.config, predictions, references)
     if options.plots is not None:
         options.plots.mkdir(parents=True, exist_ok=True)
@@ -63,11 +74,9 @@ def calibrate(options: argparse.Namespace) -> None:
 
 @torch.inference_mode()
 def predict(
-    model: SgtrForSceneGraphGeneration, dataset: SceneGraphDataset, options: argparse.Namespace
+    model: SgtrForSceneGraphGeneration, loader: DataLoader[Any], processor: Any
 ) -> tuple[list[SceneGraph], list[SceneGraph]]:
     """Return predicted and annotated graphs."""
-    processor = AutoImageProcessor.from_pretrained(options.model)
-    loader = DataLoader(dataset, batch_size=options.batch_size, collate_fn=Collator(processor))
     predictions, references = [], []
     for batch in tqdm(loader, unit="batch"):
         outputs = model(batch["pixel_values"], batch.get("pixel_mask"))

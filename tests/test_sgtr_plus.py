@@ -324,6 +324,7 @@ def test_padding_of_the_batch_changes_nothing_behind_the_backbone(pixel_values):
         ({"logit_adjustment": 1.0}, "needs `predicate_frequencies`"),
         ({"predicate_frequencies": [1.0]}, "each of the 2 predicates"),
         ({"score_temperature": 0.0}, "`score_temperature` must be above 0"),
+        ({"class_score_scale": 0.0}, "`class_score_scale` must be above 0"),
         ({"auxiliary_assignments": 0}, "`auxiliary_assignments` must be at least 1"),
         ({"graph_assembling": "magic"}, "graph_assembling"),
     ],

@@ -142,7 +142,8 @@ def find_scene_graphs(  # noqa: PLR0913 - an argument for each choice of the cal
     holds the entities of its relations and all others that are likely.
 
     Args:
-        outputs: With `entity_probabilities`, `pred_boxes`, `predicate_probabilities`,
+        outputs: With `entity_probabilities` (and `triplet_class_probabilities`, if they differ for
+            the purpose), `pred_boxes`, `predicate_probabilities`,
             `subject_scores` and `object_scores` of a scene graph model; with
             `subject_log_correspondence` and `object_log_correspondence` of unified assembling, the
             best pairs of each query count, instead of the best entities of both roles rank with
@@ -167,7 +168,9 @@ def find_scene_graphs(  # noqa: PLR0913 - an argument for each choice of the cal
     for name, number in (("top_k", top_k), ("labels_per_entity", labels_per_entity)):
         if number < 1:
             raise ValueError(f"`{name}` must be at least 1, got {number}.")
-    probabilities = outputs["entity_probabilities"]
+    probabilities = outputs.get("triplet_class_probabilities")
+    if probabilities is None:
+        probabilities = outputs["entity_probabilities"]
     entities = _read_entities(
         probabilities,
         outputs["pred_boxes"],

@@ -73,6 +73,11 @@ class SgtrConfig(PreTrainedConfig):
         score_temperature: Divides the predicate logits before they become probabilities; fitted
             on validation data so that the score of a triplet is the probability that it is right.
         score_offset: Added after that, likewise.
+        class_score_scale: Factor on the class logits of detected entities in the scores of
+            triplets; this and the next two are fitted likewise.
+        class_score_rivalry: Factor on the logarithm of the sum of an entity's class probabilities,
+            which is added; below 0 where several likely classes make each less likely.
+        class_score_offset: Added after that.
         predicate_frequencies: How often each predicate is annotated in the training data, on any
             scale; needed by the next two.
         logit_adjustment: Strength tau: in training, tau times the log frequency is added to the
@@ -157,6 +162,9 @@ class SgtrConfig(PreTrainedConfig):
     assembling_box_scale: float | int = 10.0
     score_temperature: float | int = 1.0
     score_offset: float | int = 0.0
+    class_score_scale: float | int = 1.0
+    class_score_rivalry: float | int = 0.0
+    class_score_offset: float | int = 0.0
     predicate_frequencies: list[float | int] | None = None
     logit_adjustment: float | int = 0.0
     predicate_reweighting: float | int = 0.0
@@ -260,7 +268,7 @@ class SgtrConfig(PreTrainedConfig):
         ):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must be between 0 and 1, got {getattr(self, name)}.")
-        for name in ("gaussian_spread", "score_temperature"):
+        for name in ("gaussian_spread", "score_temperature", "class_score_scale"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")
 

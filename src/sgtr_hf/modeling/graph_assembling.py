@@ -126,3 +126,12 @@ class UnifiedAssembling(nn.Module):
         if entities.valid is not None:
             scores = scores.masked_fill(~entities.valid[:, None], -torch.inf)
         return scores.log_softmax(dim=-1)
+
+
+def image_sizes_of(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:
+    """Return heights and widths (B, 2) of images (B, 3, H, W) without their padding (B, H, W)."""
+    batch_size, _, height, width = pixel_values.shape
+    if pixel_mask is None:
+        return pixel_values.new_tensor([height, width]).expand(batch_size, 2)
+    is_image = pixel_mask > 0
+    return torch.stack((is_image.any(2).sum(1), is_image.any(1).sum(1)), dim=-1)

@@ -50,6 +50,8 @@ class SgtrSceneGraphOutput(ModelOutput):
         logits: Entities, (B, N, C + 1) with no-object last, or (B, N, C) for a focal head.
         pred_boxes: (B, N, 4) cxcywh relative to the image without its padding.
         entity_probabilities: (B, N, C), no-object removed.
+        triplet_class_probabilities: The same, calibrated for the scores of triplets; None of given
+            entities.
         predicate_logits: (B, Q, P), or (B, Q, P + 1) with background first for a softmax head.
         predicate_probabilities: (B, Q, P), background removed.
         relation_vectors: (B, Q, 4) centres of subject and object: x, y, x, y.
@@ -71,6 +73,7 @@ class SgtrSceneGraphOutput(ModelOutput):
     logits: Tensor | None = None
     pred_boxes: Tensor | None = None
     entity_probabilities: Tensor | None = None
+    triplet_class_probabilities: Tensor | None = None
     predicate_logits: Tensor | None = None
     predicate_probabilities: Tensor | None = None
     relation_vectors: Tensor | None = None

@@ -33,7 +33,7 @@ from .backbone_freezing import FreezablePreTrainedModel
 from .detection_outputs import EntityLevels, SgtrDetrModelOutput
 from .entity_decoder import ImageMemory
 from .given_entities import CERTAIN_LOGIT, GivenEntities, pad_given_entities
-from .graph_assembling import UnifiedAssembling, assembling_scores
+from .graph_assembling import UnifiedAssembling, assembling_scores, image_sizes_of
 from .graph_nodes import EntityNodes, TripletNodes, TripletStates
 from .graph_outputs import SgtrModelOutput, SgtrSceneGraphOutput
 from .modeling_sgtr_detr import (
@@ -42,7 +42,12 @@ from .modeling_sgtr_detr import (
     init_transformer_weights,
 )
 from .predicate_node_generator import PredicateNodeGenerator
-from .prediction_heads import BoxHead, ClassHead, predicate_probabilities
+from .prediction_heads import (
+    BoxHead,
+    ClassHead,
+    predicate_probabilities,
+    triplet_class_probabilities,
+)
 
 
 class SgtrPreTrainedModel(FreezablePreTrainedModel):
@@ -218,12 +223,12 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
             cached = self._read_features(detector_features)
             nodes = self.model(annotations=annotations, detector=cached, **kwargs)
         elif pixel_values is not None:
-            image_sizes = _image_sizes(pixel_values, pixel_mask)
+            image_sizes = image_sizes_of(pixel_values, pixel_mask)
             nodes = self.model(pixel_values, pixel_mask, annotations, given=given, **kwargs)
         triplets = self.read_levels(
             nodes, nodes.triplets, image_sizes, all_levels=annotations is not None
         )
-        output = self._summarize(nodes.entity_levels, triplets)
+        output = self._summarize(nodes.entity_levels, triplets, is_given=given is not None)
         if annotations is not None:
             losses = self.losses(nodes, triplets, image_sizes, annotations)
             # An output that gets fields afterwards would not list them among its items.
@@ -273,7 +278,7 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
             "memory_features": nodes.memory.features,
             "memory_position": nodes.memory.position,
             "memory_cells": nodes.memory.cells,
-            "image_sizes": _image_sizes(pixel_values, None),
+            "image_sizes": image_sizes_of(pixel_values, None),
         }
         batch_size = len(pixel_values)
         return {
@@ -470,10 +475,12 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
         return {name.replace("loss_", "loss_denoising_", 1): loss for name, loss in losses.items()}
 
     def _summarize(
-        self, entities: EntityLevels, triplets: TripletPredictions
+        self, entities: EntityLevels, triplets: TripletPredictions, *, is_given: bool = False
     ) -> SgtrSceneGraphOutput:
         """Make the public output, without losses."""
-        logits = entities.logits[-1]
+        config, logits = self.config, entities.logits[-1]
+        probabilities = entity_probabilities(logits, config.detector.classification)
+        calibrated = None if is_given else triplet_class_probabilities(config, probabilities)
         *earlier, last = (
             {name: field[level] for name, field in triplets._asdict().items() if field is not None}
             for level in range(len(triplets.predicate_logits))
@@ -481,17 +488,9 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
         return SgtrSceneGraphOutput(
             logits=logits,
             pred_boxes=entities.boxes[-1],
-            entity_probabilities=entity_probabilities(logits, self.config.detector.classification),
-            predicate_probabilities=predicate_probabilities(self.config, last["predicate_logits"]),
+            entity_probabilities=probabilities,
+            triplet_class_probabilities=calibrated,
+            predicate_probabilities=predicate_probabilities(config, last["predicate_logits"]),
             auxiliary_outputs=earlier or None,
             **last,
         )
-
-
-def _image_sizes(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:
-    """Heights and widths (B, 2) of the images without their padding."""
-    batch_size, _, height, width = pixel_values.shape
-    if pixel_mask is None:
-        return pixel_values.new_tensor([height, width]).expand(batch_size, 2)
-    is_image = pixel_mask > 0
-    return torch.stack((is_image.any(2).sum(1), is_image.any(1).sum(1)), dim=-1)

@@ -12,6 +12,8 @@ from ..configuration.configuration_sgtr import SgtrConfig
 
 # Probability at which a focal head starts.
 RARE = 0.01
+# Probabilities nearer to 0 or 1 are taken for this near.
+SURE = 1e-6
 
 
 class MultiLayerPerceptron(nn.Module):
@@ -96,6 +98,25 @@ def inverse_sigmoid(probability: Tensor, epsilon: float = 1e-5) -> Tensor:
     """Logit of (...) in [0, 1], finite at both ends."""
     probability = probability.clamp(min=epsilon, max=1 - epsilon)
     return (probability / (1 - probability)).log()
+
+
+def triplet_class_probabilities(config: SgtrConfig, probabilities: Tensor) -> Tensor:
+    """Calibrate the class probabilities (..., C) of detected entities for the scores of triplets.
+
+    Sigmoid heads judge each class alone; that an entity is one thing only is told by how much its
+    classes sum to.
+
+    Args:
+        config: Gives `class_score_scale`, `class_score_rivalry` and `class_score_offset`.
+        probabilities: (..., C) of the real classes.
+    """
+    settings = (config.class_score_scale, config.class_score_rivalry, config.class_score_offset)
+    if settings == (1, 0, 0):
+        return probabilities
+    probabilities = probabilities.float()
+    logits = config.class_score_scale * inverse_sigmoid(probabilities, SURE)
+    rivals = probabilities.sum(-1, keepdim=True).clamp(min=SURE).log()
+    return (logits + config.class_score_rivalry * rivals + config.class_score_offset).sigmoid()
 
 
 def predicate_probabilities(config: SgtrConfig, logits: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from ..scene_graph import SceneGraph
 
 _OUTPUT_FIELDS = (
     "entity_probabilities",
+    "triplet_class_probabilities",
     "pred_boxes",
     "predicate_probabilities",
     "subject_scores",
