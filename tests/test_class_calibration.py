@@ -114,6 +114,9 @@ def test_settings_are_applied_to_triplets_and_not_to_detections():
     first, second = (process(outputs)[0] for outputs in (before, after))
     assert min(first.num_relations, second.num_relations) > 0
     assert second.relation_scores.max() < first.relation_scores.max()
+    # Nodes keep the scores of the detector.
+    detected = before.entity_probabilities.amax(-1).numpy()
+    assert np.isin(second.scores, detected).all()
 
 
 def test_a_model_is_calibrated_by_its_outputs():

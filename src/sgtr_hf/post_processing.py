@@ -139,11 +139,11 @@ def find_scene_graphs(  # noqa: PLR0913 - an argument for each choice of the cal
 
     The score of a triplet is predicate x subject x object probability, as in SGTR (Li et al.
     2022); with unified assembling also times the probabilities that they belong together. A graph
-    holds the entities of its relations and all others that are likely.
+    holds the entities of its relations and all others that are likely, with the detector's scores.
 
     Args:
-        outputs: With `entity_probabilities` (and `triplet_class_probabilities`, if they differ for
-            the purpose), `pred_boxes`, `predicate_probabilities`,
+        outputs: With `entity_probabilities` (and `triplet_class_probabilities`, where those are
+            calibrated for the scores of triplets), `pred_boxes`, `predicate_probabilities`,
             `subject_scores` and `object_scores` of a scene graph model; with
             `subject_log_correspondence` and `object_log_correspondence` of unified assembling, the
             best pairs of each query count, instead of the best entities of both roles rank with
@@ -168,16 +168,16 @@ def find_scene_graphs(  # noqa: PLR0913 - an argument for each choice of the cal
     for name, number in (("top_k", top_k), ("labels_per_entity", labels_per_entity)):
         if number < 1:
             raise ValueError(f"`{name}` must be at least 1, got {number}.")
-    probabilities = outputs.get("triplet_class_probabilities")
-    if probabilities is None:
-        probabilities = outputs["entity_probabilities"]
-    entities = _read_entities(
-        probabilities,
-        outputs["pred_boxes"],
-        target_sizes,
-        legacy,
-        min(labels_per_entity, probabilities.shape[-1]),
+    probabilities = outputs["entity_probabilities"]
+    num_labels = min(labels_per_entity, probabilities.shape[-1])
+    detected = _read_entities(
+        probabilities, outputs["pred_boxes"], target_sizes, legacy, num_labels
     )
+    entities = detected
+    if outputs.get("triplet_class_probabilities") is not None:
+        # Calibration keeps the order of an entity's classes.
+        scores, _ = _likeliest(outputs["triplet_class_probabilities"], num_labels)
+        entities = detected._replace(scores=scores)
     overlap = entities.overlap(legacy)
     predicates = outputs["predicate_probabilities"]
     roles = (outputs["subject_scores"], outputs["object_scores"])
@@ -199,7 +199,7 @@ def find_scene_graphs(  # noqa: PLR0913 - an argument for each choice of the cal
     distributions = predicates.gather(
         1, chosen.query[..., None].expand(-1, -1, predicates.shape[-1])
     )
-    arrays = _to_host(*entities, *chosen[:3], chosen.score, kept.gather(1, order), distributions)
+    arrays = _to_host(*detected, *chosen[:3], chosen.score, kept.gather(1, order), distributions)
     sizes = [(1, 1)] * len(arrays[0]) if target_sizes is None else _size_list(target_sizes)
     return [
         _build_graph([array[image] for array in arrays], sizes[image], names)
@@ -214,12 +214,7 @@ def _read_entities(
     legacy: LegacyRules,
     num_labels: int = 1,
 ) -> _Entities:
-    if num_labels == 1:
-        scores, labels = probabilities.float().max(dim=-1)
-    else:
-        scores, labels = (
-            field.transpose(1, 2).flatten(1) for field in probabilities.float().topk(num_labels)
-        )
+    scores, labels = _likeliest(probabilities, num_labels)
     boxes = box_cxcywh_to_xyxy(pred_boxes.float(), legacy.box_offset)
     if not legacy.open_border:
         # A NaN stays one, so that it is found below.
@@ -233,6 +228,15 @@ def _read_entities(
             )
         boxes = scale_boxes(boxes, sizes)
     return _Entities(scores, labels, boxes.repeat(1, num_labels, 1))
+
+
+def _likeliest(probabilities: Tensor, num_labels: int) -> tuple[Tensor, Tensor]:
+    """Scores and labels (B, L * N) of the L likeliest classes of each entity (B, N, C)."""
+    if num_labels == 1:
+        scores, labels = probabilities.float().max(dim=-1)
+        return scores, labels
+    scores, labels = probabilities.float().topk(num_labels)
+    return scores.transpose(1, 2).flatten(1), labels.transpose(1, 2).flatten(1)
 
 
 def _choose_predicates(predicates: Tensor, legacy: LegacyRules) -> tuple[Tensor, Tensor, Tensor]:
