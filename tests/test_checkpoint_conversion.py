@@ -342,6 +342,9 @@ def test_both_networks_of_a_full_dino_checkpoint_go_on_training(tmp_path):
 
 def test_what_cannot_go_on_training_says_why():
     weights = full_dino_checkpoint()
+    weights["dino_loss"]["momentum"] = torch.ones(1)
+    with pytest.raises(ValueError, match="`dino_loss` holds more than its `center`"):
+        convert_checkpoint(weights, "dino", network="both")
     del weights["dino_loss"]
     assert convert_checkpoint(weights, "dino", network="both").report.new == ("center",)
     with pytest.raises(ValueError, match="one network alone"):

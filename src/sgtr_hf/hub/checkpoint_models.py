@@ -239,7 +239,9 @@ def _convert_dino_pretraining(entries: Mapping[str, Any]) -> ConvertedCheckpoint
             tensors[prefix + (name if name.startswith("head.") else f"model.{name}")] = tensor
     # Files of other trainings, converted to this layout, may lack the state of the loss.
     loss = unwrap(entries["dino_loss"], "state_dict") if "dino_loss" in entries else {}
-    if "center" in loss:
+    if set(loss) - {"center"}:
+        raise ValueError(f"`dino_loss` holds more than its `center`: {', '.join(loss)}.")
+    if loss:
         tensors["center"] = loss["center"].flatten()
     both = RenamedWeights(tensors, used + len(loss), 0)
     model = DinoVitForPreTraining(config)
