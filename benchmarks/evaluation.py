@@ -23,7 +23,6 @@ import functools
 import io
 import json
 import multiprocessing
-import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +33,7 @@ import numpy as np
 from datasets import disable_progress_bars
 
 import sgtr_hf.cli
+from peak_memory import PeakMemory
 from sgtr_hf.data.dataset_formats import open_dataset
 from sgtr_hf.data.dataset_writers import write_parquet
 from sgtr_hf.data.prediction_file import PredictionFile, PredictionWriter
@@ -186,24 +186,6 @@ def time_of(images: Iterator[Pair], add: Callable[[list[Pair]], None]) -> tuple[
             count += len(waiting)
             waiting = []
     return seconds, count
-
-
-class PeakMemory:
-    """Growth of this process's resident memory from now on."""
-
-    def __init__(self) -> None:
-        # Sets the peak to what is resident now.
-        Path("/proc/self/clear_refs").write_text("5")
-        self.start = self._megabytes("VmRSS")
-
-    def growth(self) -> float:
-        """Return the largest growth so far in MB."""
-        return self._megabytes("VmHWM") - self.start
-
-    @staticmethod
-    def _megabytes(name: str) -> float:
-        (kilobytes,) = re.findall(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        return int(kilobytes) / 1024
 
 
 def in_own_process(measure: Callable[..., Any], *arguments: Any) -> Any:

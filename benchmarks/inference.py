@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -26,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
 
 import sgtr_hf
+from peak_memory import PeakMemory
 from sgtr_hf.post_processing import find_scene_graphs
 from transformers_weights import DETR_RULES, copy_weights
 
@@ -145,17 +145,10 @@ def peak_megabytes(name: str, case: Case) -> float:
     model = case.prepare(make_model(name))
     images = case.images()
     call = torch.compile(model) if case.mode == "compile" else model
-    # Building the model took more than holding it does, so the mark is set anew where Linux can.
-    Path("/proc/self/clear_refs").write_text("5")
-    before = peak_kilobytes()
+    # Building the model took more than holding it does; that does not count.
+    memory = PeakMemory()
     call(images)
-    return (peak_kilobytes() - before) / 1024
-
-
-def peak_kilobytes() -> int:
-    """The most memory this process has held since the mark was set."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    return memory.growth()
 
 
 def in_fresh_process(name: str, case: Case) -> float:
