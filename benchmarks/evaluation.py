@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import functools
 import io
+import itertools
 import json
 import multiprocessing
 import tempfile
@@ -176,15 +177,11 @@ def overlap_with_last_pixel(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
 def time_of(images: Iterator[Pair], add: Callable[[list[Pair]], None]) -> tuple[float, int]:
     """Return the seconds spent in `add`, and the number of images, making them not counted."""
     seconds, count = 0.0, 0
-    waiting: list[Pair] = []
-    for image in images:
-        waiting.append(image)
-        if len(waiting) == BATCH:
-            started = time.perf_counter()
-            add(waiting)
-            seconds += time.perf_counter() - started
-            count += len(waiting)
-            waiting = []
+    while batch := list(itertools.islice(images, BATCH)):
+        started = time.perf_counter()
+        add(batch)
+        seconds += time.perf_counter() - started
+        count += len(batch)
     return seconds, count
 
 

@@ -4,8 +4,9 @@
 
 The rival of `dense_pair_head.py` is one of the models; it takes no given entities. Recalls are of
 the graphs as emitted; "left, ..." is the least recall at 20 of left of, right of, in front of and
-behind. Time is the median of a forward pass of one image, post-processing included; measure it on
-an idle machine. Below the table stands how far each model is from the first in R@20 and mR@20, with
+behind. Time is the median of a forward pass of one image, post-processing included; all models take
+turns, since the clock of a machine drifts, and the machine must be idle (`--only-time` measures
+nothing else). Below the table stands how far each model is from the first in R@20 and mR@20, with
 the standard error of the difference over images drawn anew a thousand times, the same for both.
 """
 
@@ -40,6 +41,7 @@ COLUMNS = (
     "SGCls R@20", "PredCls R@20", "parameters (M)", "ms",
 )  # fmt: skip
 NUM_TIMED = 30
+NUM_UNTIMED = 3  # to warm up
 NUM_DRAWS = 1000
 
 
@@ -160,20 +162,25 @@ def measure(
         by_predicate = figures["details"]["model"]["per_predicate"]
         row["left, ..."] = min(by_predicate["R@20"][name] for name in PLACE_PREDICATES)
     row["parameters (M)"] = sum(entry.numel() for entry in model.parameters()) / 1e6
-    row["ms"] = measure_time(model, processor, dataset)
     return row, shares
 
 
 @torch.inference_mode()
-def measure_time(model: torch.nn.Module, processor: Any, dataset: SceneGraphDataset) -> float:
-    """Milliseconds an image."""
-    inputs = processor(images=dataset[0].image, return_tensors="pt")
-    times = []
-    for _ in range(NUM_TIMED + 3):
-        started = time.perf_counter()
-        processor.post_process_scene_graph(model(inputs["pixel_values"]))
-        times.append((time.perf_counter() - started) * 1e3)
-    return statistics.median(times[3:])
+def measure_times(paths: list[str], dataset: SceneGraphDataset) -> dict[str, float]:
+    """Milliseconds an image of each model."""
+    models = {path: load_model(path) for path in paths}
+    processors = {path: AutoImageProcessor.from_pretrained(path) for path in paths}
+    inputs = {
+        path: processor(images=dataset[0].image, return_tensors="pt")["pixel_values"]
+        for path, processor in processors.items()
+    }
+    times: dict[str, list[float]] = {path: [] for path in paths}
+    for _ in range(NUM_TIMED + NUM_UNTIMED):
+        for path in paths:
+            started = time.perf_counter()
+            processors[path].post_process_scene_graph(models[path](inputs[path]))
+            times[path].append((time.perf_counter() - started) * 1e3)
+    return {path: statistics.median(times[path][NUM_UNTIMED:]) for path in paths}
 
 
 def main() -> None:
@@ -187,12 +194,18 @@ def main() -> None:
     parser.add_argument(
         "--calibrate-on", metavar="SPLIT", help="fit the class scores of each model there first"
     )
+    parser.add_argument("--only-time", action="store_true", help="print milliseconds an image")
     options = parser.parse_args()
     dataset = SceneGraphDataset(load_split(options.data, options.split))
     train = SceneGraphDataset(load_split(options.data, "train"))
     calibration = None
     if options.calibrate_on is not None:
         calibration = SceneGraphDataset(load_split(options.data, options.calibrate_on))
+    times = measure_times(options.models, dataset)
+    if options.only_time:
+        for path, milliseconds in times.items():
+            print(f"{path}: {milliseconds:.1f} ms, {milliseconds / times[options.models[0]]:.2f}")
+        return
     rows, shares = {}, {}
     print("| model | " + " | ".join(COLUMNS) + " |")
     print("|---" * (len(COLUMNS) + 1) + "|")
@@ -200,6 +213,7 @@ def main() -> None:
         rows[path], shares[path] = measure(
             path, dataset, train, options.labels_per_entity, calibration
         )
+        rows[path]["ms"] = times[path]
         cells = [f"{rows[path][name]:.3f}" if name in rows[path] else "" for name in COLUMNS]
         print(f"| {path} | " + " | ".join(cells) + " |", flush=True)
     first = options.models[0]

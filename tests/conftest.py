@@ -72,6 +72,14 @@ def random_labels(num_images=2, num_classes=3, num_predicates=2, counts=(4, 3), 
     return labels
 
 
+@pytest.fixture(scope="module")
+def without_drawing():
+    """No curves, which take longer than a tiny training; test_training.py looks at them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sgtr_hf.training.loop.draw_training_curves", lambda *_: None)
+        yield
+
+
 @pytest.fixture
 def pixel_values():
     return torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))

@@ -105,8 +105,8 @@ def test_blur_needs_crops_one_by_one():
         CropDraws(MultiCropSettings())
 
 
-def test_batched_crops_train_and_need_one_size(tmp_path, monkeypatch):
-    monkeypatch.setattr("sgtr_hf.training.loop.draw_training_curves", lambda *_: None)
+@pytest.mark.usefixtures("without_drawing")
+def test_batched_crops_train_and_need_one_size(tmp_path):
     data = write_picture_rows(tmp_path / "data")
     recipe = distillation_recipe(data, tmp_path / "run", max_steps=2, warmup_epochs=0.0)
     recipe.data.crops.batched = True

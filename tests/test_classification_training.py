@@ -15,14 +15,12 @@ from tiny_pictures import (
 from tiny_training_run import losses_by_update, read_log
 
 
+pytestmark = pytest.mark.usefixtures("without_drawing")
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_picture_rows(tmp_path_factory.mktemp("pictures"))
-
-
-@pytest.fixture(autouse=True)
-def without_drawing(monkeypatch):
-    monkeypatch.setattr("sgtr_hf.training.loop.draw_training_curves", lambda *_: None)
 
 
 def test_colours_are_learnt_from_scratch(data, tmp_path):

@@ -27,22 +27,18 @@ from tiny_training_run import losses_by_update, read_log
 from training_processes import start_group
 
 
+pytestmark = pytest.mark.usefixtures("without_drawing")
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_picture_rows(tmp_path_factory.mktemp("pictures"))
 
 
-@pytest.fixture(autouse=True)
-def without_drawing(monkeypatch):
-    monkeypatch.setattr("sgtr_hf.training.loop.draw_training_curves", lambda *_: None)
-
-
 @pytest.fixture(scope="module")
-def whole_run(data, tmp_path_factory):
+def whole_run(data, without_drawing, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sgtr_hf.training.loop.draw_training_curves", lambda *_: None)
-        Trainer(distillation_recipe(data, folder)).run()
+    Trainer(distillation_recipe(data, folder)).run()
     return folder
 
 

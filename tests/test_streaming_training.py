@@ -159,11 +159,6 @@ def streaming_recipe(data, output_dir, num_workers=0, **training):
     return recipe
 
 
-@pytest.fixture
-def without_drawing(monkeypatch):
-    monkeypatch.setattr("sgtr_hf.training.loop.draw_training_curves", lambda *_: None)
-
-
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_streaming_run_resumes_to_the_bit(tmp_path, without_drawing, num_workers):
     data = write_shards(tmp_path / "data", [7, 6, 9])

@@ -12,14 +12,12 @@ from sgtr_hf.training.trackers import start_trackers
 from tiny_training_run import losses_by_update, make_recipe, read_log, train, write_squares
 
 
+pytestmark = pytest.mark.usefixtures("without_drawing")
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_squares(tmp_path_factory.mktemp("squares"))
-
-
-@pytest.fixture(autouse=True)
-def without_drawing(monkeypatch):
-    monkeypatch.setattr("sgtr_hf.training.loop.draw_training_curves", lambda *_: None)
 
 
 def test_each_gradient_is_scaled_on_its_own():

@@ -10,6 +10,9 @@ from tiny_training_run import DETECTOR, squares_record, write_squares
 from training_processes import SGTR_PLUS, start_group, train_plainly
 
 
+pytestmark = pytest.mark.usefixtures("without_drawing")
+
+
 NUM_UPDATES = 5
 # Nothing depends on what a process drew before: no dropout; noise is seeded by the image.
 PLAIN_DETECTOR = DETECTOR | {"dropout": 0.0}
@@ -55,11 +58,6 @@ def train(data, folder, kind, layout):
             process.join(300)
         assert [process.exitcode for process in group] == [0] * num_processes
     return [torch.load(f"{output}-{rank}.pt") for rank in range(num_processes)]
-
-
-@pytest.fixture(autouse=True)
-def without_drawing(monkeypatch):
-    monkeypatch.setattr("sgtr_hf.training.loop.draw_training_curves", lambda *_: None)
 
 
 def assert_alike(results, expected):

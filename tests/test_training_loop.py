@@ -22,6 +22,9 @@ from tiny_training_run import (
 )
 
 
+pytestmark = pytest.mark.usefixtures("without_drawing")
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_squares(tmp_path_factory.mktemp("squares"))
@@ -33,12 +36,6 @@ def whole_run(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     train(data, folder)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def without_drawing(monkeypatch):
-    # Curves take longer than the training here; test_training.py looks at them.
-    monkeypatch.setattr("sgtr_hf.training.loop.draw_training_curves", lambda *_: None)
 
 
 def interrupt_after(trainer, update):

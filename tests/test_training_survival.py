@@ -24,16 +24,12 @@ from tiny_training_run import (
 from training_processes import run_recipe, start, start_group
 
 
+pytestmark = pytest.mark.usefixtures("without_drawing")
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_squares(tmp_path_factory.mktemp("squares"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def without_drawing():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sgtr_hf.training.loop.draw_training_curves", lambda *_: None)
-        yield
 
 
 def fields_of(data, output_dir, **training):
