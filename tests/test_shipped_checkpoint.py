@@ -22,7 +22,7 @@ def generate():
 
 def test_the_default_model_is_the_one_that_ships(generate):
     assert generate.model.name_or_path == DEFAULT_CHECKPOINT
-    # Stored as bfloat16, loaded as float32.
+    # Stored as float16, loaded as float32.
     assert generate.model.dtype == torch.float32
     assert len(generate.model.config.id2label) == 12
     assert len(generate.model.config.id2predicate) == 10

@@ -103,7 +103,7 @@ On a processor without bfloat16 units, in float32; {versions}.
 
 {report["images"]} images. Recall is the mean over images, of triplets with the right classes and an
 overlap of at least 0.5 of both boxes; mean recall averages over predicates. Weights are stored as
-bfloat16 and load as float32; the figures are those of the stored weights. Each run starts from the
+float16 and load as float32; the figures are those of the stored weights. Each run starts from the
 final weights of the one above it. Scores are calibrated on the validation split: temperature
 {config.score_temperature}, offset {config.score_offset}.
 """)
