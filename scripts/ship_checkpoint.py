@@ -1,7 +1,7 @@
 """Put a trained model into the package: `python scripts/ship_checkpoint.py RUN REPORT FOLDER`.
 
-Weights are stored as float16, which halves the file and rounds them eight times finer than bfloat16,
-and load as float32 since the configuration says so. The card is made of the run's record and of the
+Weights are stored as float16, which halves the file and rounds eight times finer than bfloat16, and
+load as float32 since the configuration says so. The card is made of the run's record and of the
 report of `evaluate_model.py`.
 """
 
