@@ -94,41 +94,51 @@ def test_a_run_that_is_killed_while_it_saves_goes_on_to_the_bit(data, whole_run,
     assert_as_whole(tmp_path, whole_run)
 
 
+def wait_for_a_checkpoint(folder, known):
+    """Wait for a newer checkpoint than those that were known."""
+    wait_for(lambda: set(list_checkpoints(folder)) - set(known))
+
+
 @pytest.mark.slow
-def test_a_run_that_is_killed_at_ten_random_moments_goes_on_to_the_bit(data, whole_run, tmp_path):
+def test_a_run_that_is_killed_at_ten_random_moments_goes_on_to_the_bit(data, tmp_path):
     moments = random.Random(0)
+    fields = {"epochs": 8}
+    train(**fields_of(data, tmp_path / "whole", **fields))
+    folder = tmp_path / "killed"
     for number in range(10):
-        process = start(run_recipe, fields_of(data, tmp_path))
+        known = list_checkpoints(folder)
+        process = start(run_recipe, fields_of(data, folder, **fields))
         if number % 3 == 0:
-            wait_for(
-                lambda process=process: (
-                    (tmp_path / "checkpoint.unfinished").is_dir() or not process.is_alive()
-                )
-            )
+            wait_for((folder / "checkpoint.unfinished").is_dir)
         else:
-            process.join(moments.uniform(0.5, 6.0))
+            wait_for_a_checkpoint(folder, known)
+            time.sleep(moments.uniform(0, 0.2))
         kill(process)
-    train(**fields_of(data, tmp_path))
-    assert_as_whole(tmp_path, whole_run)
+        assert process.exitcode == -signal.SIGKILL
+    train(**fields_of(data, folder, **fields))
+    assert_as_whole(folder, tmp_path / "whole")
 
 
 @pytest.mark.slow
 def test_two_processes_that_are_killed_go_on_to_the_bit(data, tmp_path):
-    def run(folder, seconds=None):
-        group = start_group(run_recipe, 2, fields_of(data, tmp_path / folder, batch_size=2))
-        group[0].join(seconds)
-        for process in group:
-            if seconds is None:
-                process.join()
-                assert process.exitcode == 0
-            else:
-                kill(process)
+    def run(folder):
+        return start_group(run_recipe, 2, fields_of(data, folder, batch_size=2))
 
-    run("whole")
-    for seconds in (4, 7):
-        run("half", seconds)
-    run("half")
-    assert_as_whole(tmp_path / "half", tmp_path / "whole")
+    def finish(folder):
+        for process in run(folder):
+            process.join()
+            assert process.exitcode == 0
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(whole)
+    for _ in range(2):
+        known = list_checkpoints(killed)
+        group = run(killed)
+        wait_for_a_checkpoint(killed, known)
+        for process in group:
+            kill(process)
+    finish(killed)
+    assert_as_whole(killed, whole)
 
 
 @pytest.mark.parametrize(
