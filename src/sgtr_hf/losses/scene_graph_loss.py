@@ -48,6 +48,8 @@ class TripletAssignment(NamedTuple):
     """R relations an image."""
     matches: Tensor
     """(L, B, R) query of each relation, -1 for none."""
+    only_matched: bool = False
+    """Queries without a relation are padding and count for nothing, instead of for background."""
 
 
 def scene_graph_losses(
@@ -123,7 +125,7 @@ def _level_losses(
     entities: MatchedEntities | None,
 ) -> dict[str, Tensor]:
     """Losses (L,) by name, with the weight of the last level."""
-    annotations, matches = assignment
+    annotations, matches, _ = assignment
     targets = relation_targets(annotations)
     counts = counts_of(annotations, config.num_predicates)
     count = counts.at_least_one(counts.predicates.sum())
@@ -137,7 +139,7 @@ def _level_losses(
         ("subject", (predictions.subject_logits, predictions.subject_boxes)),
         ("object", (predictions.object_logits, predictions.object_boxes)),
     ):
-        found = _indicator_losses(config, indicators, _of_role(targets, role), matches, counts)
+        found = _indicator_losses(config, indicators, _of_role(targets, role), assignment, counts)
         losses |= {f"loss_{role}_{part}": loss for part, loss in found.items()}
     if entities is not None:
         losses |= _assembling_losses(config, predictions, entities, assignment, count)
@@ -151,20 +153,23 @@ def _predicate_losses(
     counts: LossCounts,
 ) -> Tensor:
     """Classification (L,) of all queries; those without a relation are background."""
-    annotations, matches = assignment
+    annotations, matches, only_matched = assignment
     logits = predictions.predicate_logits
     weight = config.predicate_loss_weight
     predicates, num_queries = annotations.relations[..., 2], logits.shape[2]
     adjustment, positive_weights = _long_tail_terms(config, logits)
     if config.predicate_classification == "softmax":
+        background_weight = 0.0 if only_matched else config.predicate_background_weight
         class_weights = torch.cat(
-            (positive_weights.new_tensor([config.predicate_background_weight]), positive_weights)
+            (positive_weights.new_tensor([background_weight]), positive_weights)
         )
         adjusted = torch.cat((logits[..., :1], logits[..., 1:] + adjustment), dim=-1)
         targets = scatter_to_queries(predicates + 1, matches, num_queries, 0)
         positives = counts.predicates.sum()
         background = counts.images * num_queries - positives
-        divisor = (counts.predicates * positive_weights).sum() + class_weights[0] * background
+        divisor = (counts.predicates * positive_weights).sum() + background_weight * background
+        # Without relations in the whole update there is nothing to divide.
+        divisor = divisor.clamp(min=torch.finfo(divisor.dtype).tiny)
         return weight * weighted_cross_entropy(
             # The release averages over the queries of this process alone, and may leave relations
             # without a query.
@@ -214,22 +219,27 @@ def _indicator_losses(
     config: SgtrConfig,
     indicators: tuple[Tensor, Tensor],
     targets: tuple[Tensor, Tensor],
-    matches: Tensor,
+    assignment: TripletAssignment,
     counts: LossCounts,
 ) -> dict[str, Tensor]:
     """Losses (L,) of one role: class and box that its queries expect of the entity."""
     detector_config = config.detector
+    _, matches, only_matched = assignment
     logits, boxes = indicators
     labels, target_boxes = targets
     query_labels = scatter_to_queries(labels, matches, logits.shape[2], -1)
     positives = counts.predicates.sum()
     count = counts.at_least_one(positives)
-    divisor: Tensor | None = entity_class_divisor(
-        detector_config, counts, positives, logits.shape[2]
+    divisor: Tensor | None = (
+        count
+        if only_matched
+        else entity_class_divisor(detector_config, counts, positives, logits.shape[2])
     )
     if config.legacy_triplet_matching and detector_config.classification == "softmax":
         divisor = None
-    class_loss = entity_class_loss(detector_config, logits, query_labels, divisor)
+    class_loss = entity_class_loss(
+        detector_config, logits, query_labels, divisor, only_matched=only_matched
+    )
     box_loss, giou_loss = box_losses(
         gather_queries(boxes, matches),
         target_boxes,
@@ -251,7 +261,7 @@ def _assembling_losses(
     count: Tensor,
 ) -> dict[str, Tensor]:
     """Losses (L,) of the soft correspondence, and of the boxes and classes it sums up."""
-    annotations, matches = assignment
+    annotations, matches, _ = assignment
     targets = relation_targets(annotations)
     losses: dict[str, Tensor] = {}
     for role, correspondence, index in (

@@ -470,7 +470,11 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
         own = torch.where(valid, torch.arange(valid.shape[1], device=valid.device), -1)
         matches = own.expand(len(predictions.predicate_logits), -1, -1)
         losses = scene_graph_losses(
-            self.config, predictions, TripletAssignment(repeated, matches), entities=entities
+            self.config,
+            predictions,
+            # Padded ones would count for as much as the fullest image of the batch has.
+            TripletAssignment(repeated, matches, only_matched=True),
+            entities=entities,
         )
         return {name.replace("loss_", "loss_denoising_", 1): loss for name, loss in losses.items()}
 
