@@ -310,6 +310,32 @@ def test_earlier_levels_count_by_the_auxiliary_weight():
 
 @CASES
 @pytest.mark.parametrize("counts", [[2, 0, 3], [0, 0, 0]], ids=["some", "none"])
+def test_padded_queries_count_for_nothing(predicates, entities, counts):
+    config = make_config(predicates, entities)
+    annotations = pad(make_labels(counts))
+    valid = annotations.relation_valid
+    num_queries = valid.shape[1]
+    matches = torch.where(valid, torch.arange(num_queries), -1).expand(2, -1, -1)
+    predictions, _ = make_predictions(config, queries=num_queries)
+
+    def losses_of(predictions, only_matched):
+        assignment = TripletAssignment(annotations, matches, only_matched)
+        return torch.stack(list(scene_graph_losses(config, predictions, assignment).values()))
+
+    def spoil(field):
+        return torch.where(valid[..., None], field, field * 2)
+
+    spoilt = on_fields(predictions, spoil)
+    expected = losses_of(predictions, only_matched=True)
+    assert expected.isfinite().all()
+    assert losses_of(spoilt, only_matched=True).equal(expected)
+    if num_queries:
+        unlike = losses_of(spoilt, only_matched=False) - losses_of(predictions, only_matched=False)
+        assert (unlike.abs() > 0).any()
+
+
+@CASES
+@pytest.mark.parametrize("counts", [[2, 0, 3], [0, 0, 0]], ids=["some", "none"])
 def test_gradients_are_finite_and_reach_all_predictions(predicates, entities, counts):
     config = make_config(predicates, entities)
     annotations = pad(make_labels(counts))

@@ -183,6 +183,8 @@ def _predicate_losses(
     values = focal_loss(
         logits.float() + adjustment, encoded, config.focal_alpha, config.focal_gamma
     )
+    if only_matched:
+        values = torch.where((targets >= 0)[..., None], values, 0)
     losses = (values * (1 + encoded * (positive_weights - 1))).sum((1, 2, 3))
     if config.legacy_focal_normalization:
         # The release averages over predicates and counts the relations of this process alone
