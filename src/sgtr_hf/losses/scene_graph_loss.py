@@ -152,7 +152,7 @@ def _predicate_losses(
     assignment: TripletAssignment,
     counts: LossCounts,
 ) -> Tensor:
-    """Classification (L,) of all queries; those without a relation are background."""
+    """Classification (L,) of all queries; those without a relation are background or padding."""
     annotations, matches, only_matched = assignment
     logits = predictions.predicate_logits
     weight = config.predicate_loss_weight
