@@ -93,3 +93,6 @@ def test_settings_out_of_range_are_errors(tmp_path):
     path.write_text("task: classification\ndata: {path: x}\ntraining: {output_dir: r, epochs: 1}\n")
     with pytest.raises(ValueError, match=r"no entry `data\.crops`; known are .*crop_scale"):
         load_recipe(path, ["data.crops={}"], IMAGE_RECIPES)
+    overrides = ["distillation.teacher=t", "distillation.entity_confidence=0.9"]
+    with pytest.raises(ValueError, match=r"distillation\.entity_confidence` has no use"):
+        load_recipe(path, overrides, IMAGE_RECIPES)

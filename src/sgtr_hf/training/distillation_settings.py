@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ..losses.knowledge_distillation_loss import check_distillation
+from .unused_settings import reject_idle
 
 
 @dataclass
@@ -36,3 +37,6 @@ class DistillationSettings:
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ValueError(f"`distillation.{name}` must be between 0 and 1, got {value}.")
+        reject_idle("distillation", self, {
+            "teacher": ("temperature", "soft_weight", "entity_confidence", "predicate_confidence"),
+        })  # fmt: skip

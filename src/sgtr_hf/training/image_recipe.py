@@ -1,13 +1,11 @@
 """Recipes of trainings on images without boxes: self-distillation and classification."""
 
-import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
 
 from ..image_processing.multi_crop import MultiCropSettings
 from .recipe import DataSettings, Recipe, TrainingSettings
+from .unused_settings import reject_unused
 
 
 @dataclass
@@ -36,7 +34,7 @@ class ImageDataSettings(DataSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _reject_unused("data", self, (
+        reject_unused("data", self, (
             "flip_swaps", "least_crop", "crop_probability", "resize_sides", "resize_longest_side",
             "repeat_threshold", "relation_drop_rate", "augmentation_seed",
         ))  # fmt: skip
@@ -74,7 +72,7 @@ class SelfDistillationData(ImageDataSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _reject_unused("data", self, ("brightness", "saturation", "hue"), "set `data.crops`")
+        reject_unused("data", self, ("brightness", "saturation", "hue"), "set `data.crops`")
         if self.neighbour_images < 1:
             raise ValueError(
                 f"`data.neighbour_images` must be at least 1, got {self.neighbour_images}."
@@ -143,7 +141,7 @@ class SelfDistillationTraining(TrainingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _reject_unused("training", self, (
+        reject_unused("training", self, (
             "backbone_learning_rate", "warmup_steps", "schedule", "gradient_clip_norm", "ema_decay",
             "cached_epochs",
         ))  # fmt: skip
@@ -176,7 +174,7 @@ class ClassificationTraining(TrainingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _reject_unused("training", self, ("backbone_learning_rate", "cached_epochs"))
+        reject_unused("training", self, ("backbone_learning_rate", "cached_epochs"))
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(
                 f"`training.label_smoothing` must be in [0, 1), got {self.label_smoothing}."
@@ -197,7 +195,7 @@ class SelfDistillationRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _reject_unused("", self, ("backbone_weights", "detector", "distillation"))
+        reject_unused("", self, ("backbone_weights", "detector", "distillation"))
 
 
 @dataclass
@@ -216,27 +214,12 @@ class ClassificationRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _reject_unused("", self, ("backbone_weights", "detector"))
+        reject_unused("", self, ("backbone_weights", "detector"))
+        reject_unused(
+            "distillation", self.distillation, ("entity_confidence", "predicate_confidence")
+        )
 
 
 IMAGE_RECIPES: MappingProxyType[str, type[Recipe]] = MappingProxyType(
     {"self_distillation": SelfDistillationRecipe, "classification": ClassificationRecipe}
 )
-
-
-def _reject_unused(
-    section: str, settings: Any, names: Iterable[str], remedy: str = "remove it"
-) -> None:
-    """Reject settings that would have no effect."""
-    defaults: dict[str, Any] = {}
-    for entry in dataclasses.fields(settings):
-        if entry.default_factory is dataclasses.MISSING:
-            defaults[entry.name] = entry.default
-        else:
-            defaults[entry.name] = entry.default_factory()
-    for name in names:
-        if getattr(settings, name) != defaults[name]:
-            full = f"{section}.{name}" if section else name
-            raise ValueError(
-                f"`{full}` has no use for this task, got {getattr(settings, name)!r}; {remedy}."
-            )

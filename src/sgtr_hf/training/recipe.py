@@ -13,6 +13,7 @@ from typing import Any, Literal
 import yaml
 
 from .distillation_settings import DistillationSettings
+from .unused_settings import reject_idle, reject_unused
 
 
 @dataclass
@@ -77,11 +78,12 @@ class DataSettings:
         for side in self.resize_sides:
             # Below this, the coarsest feature level has no cell left.
             _check_range("data.resize_sides", side, 32, self.resize_longest_side - 1)
-        if self.relation_drop_rate and not self.repeat_threshold:
-            raise ValueError(
-                "`data.relation_drop_rate` leaves relations out of repeated images; set "
-                "`data.repeat_threshold` too."
-            )
+        reject_idle("data", self, {
+            "least_crop": ("crop_probability",),
+            "repeat_threshold": ("relation_drop_rate",),
+            "resize_sides": ("resize_longest_side",),
+            "streaming": ("shuffle_buffer",),
+        })  # fmt: skip
         if self.streaming and self.repeat_threshold:
             raise ValueError(
                 "`data.repeat_threshold` needs every image at hand; set `data.streaming` to false."
@@ -237,10 +239,16 @@ class Recipe:
                 "`model.detector_config` has no use with `detector`, which brings its own; remove "
                 "one."
             )
-        if self.model.get("freeze_detector") and not (self.detector or self.pretrained_model):
+        if self.model.get("freeze_detector"):
+            self._check_frozen_detector()
+
+    def _check_frozen_detector(self) -> None:
+        if not (self.detector or self.pretrained_model):
             raise ValueError(
                 "`model.freeze_detector` needs `detector`: a random one would stay random."
             )
+        remedy = "remove it, as the detector is frozen"
+        reject_unused("training", self.training, ("backbone_learning_rate",), remedy)
 
     def _check_cache(self) -> None:
         if self.distillation.teacher is not None:
