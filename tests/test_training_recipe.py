@@ -65,15 +65,6 @@ def test_overrides_replace_and_add_entries(recipe_file):
         (["data.shuffle_buffer=9"], r"without `data\.streaming`, which is False"),
         (["data.relation_drop_rate=0.7"], r"without `data\.repeat_threshold`, which is 0\.0"),
         (["distillation.temperature=3"], r"without `distillation\.teacher`, which is None"),
-        (
-            [
-                "task=scene_graph",
-                "detector=x",
-                "model.freeze_detector=true",
-                "training.backbone_learning_rate=1.0e-4",
-            ],
-            r"backbone_learning_rate` has no use.*frozen",
-        ),
         (["training.epochs=[1"], "not YAML"),
         (["task.epochs=1"], "`task` in the override"),
     ],

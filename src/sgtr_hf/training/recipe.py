@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 
 from .distillation_settings import DistillationSettings
-from .unused_settings import reject_idle, reject_unused
+from .unused_settings import reject_idle
 
 
 @dataclass
@@ -239,16 +239,10 @@ class Recipe:
                 "`model.detector_config` has no use with `detector`, which brings its own; remove "
                 "one."
             )
-        if self.model.get("freeze_detector"):
-            self._check_frozen_detector()
-
-    def _check_frozen_detector(self) -> None:
-        if not (self.detector or self.pretrained_model):
+        if self.model.get("freeze_detector") and not (self.detector or self.pretrained_model):
             raise ValueError(
                 "`model.freeze_detector` needs `detector`: a random one would stay random."
             )
-        remedy = "remove it, as the detector is frozen"
-        reject_unused("training", self.training, ("backbone_learning_rate",), remedy)
 
     def _check_cache(self) -> None:
         if self.distillation.teacher is not None:
