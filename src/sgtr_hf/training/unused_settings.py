@@ -42,9 +42,9 @@ def reject_idle(section: str, settings: Any, dependents: Mapping[str, Iterable[s
             continue
         for name in _changed(settings, names):
             raise ValueError(
-                f"`{_full(section, name)}` has no use without `{_full(section, switch)}`, which is "
-                f"{getattr(settings, switch)!r}: set that too, or remove "
-                f"{getattr(settings, name)!r}."
+                f"`{_full(section, name)}` is {getattr(settings, name)!r}, but has no use without "
+                f"`{_full(section, switch)}`, which is {getattr(settings, switch)!r}: set that "
+                "too, or remove it."
             )
 
 
