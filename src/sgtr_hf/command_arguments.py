@@ -55,7 +55,7 @@ def image_paths(images: Iterable[str]) -> Iterator[str]:
 
 
 def model_folder(model: str) -> str:
-    """Reject a local folder that is no checkpoint before transformers takes it for a Hub id.
+    """Reject a local folder that is no checkpoint, or not there, before it is taken for a Hub id.
 
     Raises:
         ValueError: If it is none.
@@ -63,6 +63,11 @@ def model_folder(model: str) -> str:
     path = Path(model)
     if path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(f"`--model` {model} is not a checkpoint: the folder has no config.json.")
+    # A Hub id is a name, or an owner and a name.
+    if not path.exists() and (path.is_absolute() or model.startswith(".") or model.count("/") > 1):
+        raise ValueError(
+            f"`--model` {model} is not there, and cannot be the id of a model on the Hub."
+        )
     return model
 
 
