@@ -1,5 +1,6 @@
 """Shards that are read by two processes with two workers each, and trained on."""
 
+import time
 from collections import Counter
 from functools import partial
 
@@ -85,6 +86,21 @@ def test_two_processes_with_two_workers_lose_and_double_nothing(shards, buffer):
         assert min(map(len, parts)) > 5
         orders.append(parts)
     assert (orders[0] == orders[1]) == (buffer == 0)
+
+
+def test_workers_do_not_share_an_epoch(shards, monkeypatch):
+    """`datasets` adds to an epoch in shared memory; here it always does so at the worst moment."""
+
+    def set_epoch_slowly(stream, epoch):
+        difference = epoch - stream._epoch
+        time.sleep(0.2)
+        stream._epoch += difference
+
+    stream = load_image_stream(shards, "train", shuffle_buffer=5, seed=1)
+    stream.epoch = 1
+    alone = ids_of(stream.of_node(0, 2), num_workers=2)
+    monkeypatch.setattr("datasets.IterableDataset.set_epoch", set_epoch_slowly)
+    assert ids_of(stream.of_node(0, 2), num_workers=2) == alone
 
 
 def test_processes_train_on_equally_many_batches(shards):

@@ -60,11 +60,8 @@ class SceneGraphStream(IterableDataset[TrainingImage]):
         self.epoch = 0
         self.on_error: Literal["raise", "drop"] = "raise"
         self._annotations = stream if annotations is None else annotations
-        self._is_shuffled = shuffle_buffer > 0
-        encoded = stream.decode(False)
-        if self._is_shuffled:
-            encoded = encoded.shuffle(seed=seed, buffer_size=shuffle_buffer)
-        self._stream = encoded
+        self._shuffle_buffer = shuffle_buffer
+        self._stream = stream.decode(False)
         self._num_images: int | None = None
         # Batches of this process in an epoch and images of each; every image once if None.
         self._batches: tuple[int, int] | None = None
@@ -152,10 +149,14 @@ class SceneGraphStream(IterableDataset[TrainingImage]):
 
     def _pass(self) -> Iterator[TrainingImage]:
         """Yield this worker's images once; `datasets` gives each worker its shards."""
-        if self._is_shuffled:
-            self._stream.set_epoch(self.epoch)
+        stream = self._stream
+        if self._shuffle_buffer:
+            # Here in the worker: a stream made before shares its epoch with all workers, and their
+            # `set_epoch` adds to what is there, twice where two of them do it at the same time.
+            stream = stream.shuffle(seed=self.seed, buffer_size=self._shuffle_buffer)
+            stream.set_epoch(self.epoch)
         names = (self.id2label, self.id2predicate)
-        for record in self._stream:
+        for record in stream:
             # Python's own hash of a text differs between processes.
             seed = (self.seed, self.epoch, zlib.crc32(record["image_id"].encode()))
             annotation = annotation_of(record)
