@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import datasets
 from datasets.distributed import split_dataset_by_node
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset
 
 from ..scene_graph import SceneGraph
 from .schema import vocabularies
@@ -22,6 +22,7 @@ from .training_dataset import (
     make_training_image,
     reference_graph,
 )
+from .worker_shares import images_of_this_worker
 
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class SceneGraphStream(IterableDataset[TrainingImage]):
     def __iter__(self) -> Iterator[TrainingImage]:
         if self._batches is None:
             return self._pass()
-        return self._endless(self._share_of_worker(*self._batches))
+        return self._endless(images_of_this_worker(*self._batches))
 
     def __len__(self) -> int:
         """The images of this process in an epoch.
@@ -168,14 +169,6 @@ class SceneGraphStream(IterableDataset[TrainingImage]):
                 logger.warning("%s It is passed over.", error)
                 continue
             yield image
-
-    def _share_of_worker(self, num_batches: int, batch_size: int) -> int:
-        """Images of this worker in an epoch; a loader takes a batch of each worker in turn."""
-        worker = get_worker_info()
-        if worker is None:
-            return num_batches * batch_size
-        whole, rest = divmod(num_batches, worker.num_workers)
-        return (whole + int(worker.id < rest)) * batch_size
 
     def _endless(self, count: int) -> Iterator[TrainingImage]:
         """Yield so many images, from the beginning again where there are too few."""

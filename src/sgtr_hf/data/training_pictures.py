@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from .picture_source import Picture, PictureStream
+from .worker_shares import images_of_this_worker
 
 
 logger = logging.getLogger(__name__)
@@ -155,12 +156,8 @@ class TrainingPictureStream(IterableDataset[ChangedPicture]):
 
     def __iter__(self) -> Iterator[ChangedPicture]:
         worker = get_worker_info()
-        number, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        num_batches, batch_size = self._batches
-        # A loader takes a batch of each worker in turn.
-        whole, rest = divmod(num_batches, num_workers)
-        count = (whole + int(number < rest)) * batch_size
-        pictures = itertools.islice(self._endless(), count)
+        number = 0 if worker is None else worker.id
+        pictures = itertools.islice(self._endless(), images_of_this_worker(*self._batches))
         for place, picture in enumerate(pictures):
             seed = (self.seed, self.epoch, self._share[0], number, place)
             yield _change(picture, self.change, seed)
