@@ -265,6 +265,7 @@ def test_recipes_are_read_by_task(tmp_path):
         ("data.streaming=true", r"images_per_epoch"),
         ("data={path: x, streaming: true, images_per_epoch: 9, validation_split: null}", "named"),
         ("data.crops.local_scale=[0.5, 0.1]", "local_scale"),
+        ("data.crops={num_local_crops: 0, local_size: 8}", r"data\.crops\.local_size` has no use"),
         ("data.crops.blur_probabilities=[0.5]", "must be three"),
         ("data.crops.gray_probability=2.0", "between 0 and 1"),
         ("training.teacher_temperature=0.0", "teacher_temperature` must be above 0"),

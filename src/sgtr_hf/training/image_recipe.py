@@ -73,6 +73,9 @@ class SelfDistillationData(ImageDataSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         reject_unused("data", self, ("brightness", "saturation", "hue"), "set `data.crops`")
+        if not self.crops.num_local_crops:
+            remedy = "set `data.crops.num_local_crops` too, or remove it"
+            reject_unused("data.crops", self.crops, ("local_size", "local_scale"), remedy)
         if self.neighbour_images < 1:
             raise ValueError(
                 f"`data.neighbour_images` must be at least 1, got {self.neighbour_images}."
