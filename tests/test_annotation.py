@@ -254,7 +254,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(
 
 @pytest.mark.slow
 def test_kill_and_two_processes(pictures, whole, model_folder, tmp_path):
-    """kill -9 of a run at moments of any kind; then two processes of torchrun finish it."""
+    """kill -9 of a run at moments of any kind; then two processes of accelerate finish it."""
     command = [
         *("-m", "sgtr_hf", "annotate", pictures, tmp_path / "out", "--model", model_folder),
         *("--batch-size", "2", "--chunk-images", "3", "--threshold", "0", "--top-k", "5"),
@@ -267,9 +267,13 @@ def test_kill_and_two_processes(pictures, whole, model_folder, tmp_path):
             time.sleep(0.001)
         process.kill()
         process.wait()
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    # Says GPUs, and starts two processes without any; `--cpu` would start one.
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     finished = subprocess.run(
-        [*torchrun, *map(str, command)], env=environment, capture_output=True, text=True
+        [sys.executable, *launch, *map(str, command)],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert finished.returncode == 0, finished.stderr[-4000:]
     for rank in range(2):
