@@ -3,8 +3,9 @@
     python benchmarks/training_memory.py --steps 20000
 
 trains a tiny detector with workers, an average, evaluations and checkpoints. It prints the memory
-of the main process and its workers (proportional: what they share counts once) at ten points of the
-run, and how much it grew after the first, by which all caches are full.
+of the main process and its workers (proportional: what they share counts once; without the code of
+libraries, whose share depends on what else runs on the machine) at ten points of the run, and how
+much it grew after the first, by which all caches are full.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from sgtr_hf.training.recipe import DataSettings, Recipe, TrainingSettings
 
 
 _NUM_IMAGES, _SIDE, _BATCH_SIZE = 64, 64, 2
+_MEMORY = ("Pss_Anon:", "Pss_Shmem:")
 _MODEL = {
     "backbone_config": {
         "model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 8, 16, 16],
@@ -83,7 +85,7 @@ def own_megabytes() -> float:
     kilobytes = 0
     for pid in pids:
         rollup = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        kilobytes += next(int(line.split()[1]) for line in rollup if line.startswith("Pss:"))
+        kilobytes += sum(int(line.split()[1]) for line in rollup if line.startswith(_MEMORY))
     return kilobytes / 1024
 
 
