@@ -1,11 +1,13 @@
 import json
+import shutil
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from sgtr_hf import DinoVitModel
+from sgtr_hf import DinoVitForImageClassification, DinoVitModel
 from sgtr_hf.cli import main
 from test_modeling_dino_vit import small_vit_config
 from test_self_supervision_features import COLORS, color_picture, small_processor
@@ -70,8 +72,39 @@ def test_a_probe_is_trained_saved_and_measured(vit, colors, tmp_path, capsys):
     arguments = ("classifier-accuracy", colors / "test", "--model", output, "--output", report)
     assert dino(*arguments) == 0
     assert json.loads(report.read_text())["top1"] == pytest.approx(float(best), abs=1e-4)
+    # A test folder that lacks a class numbers the others anew.
+    for name in ("green", "red"):
+        shutil.copytree(colors / "test" / name, tmp_path / "two" / name)
+    assert dino("classifier-accuracy", tmp_path / "two", "--model", output) == 2
+    assert "classes of" in capsys.readouterr().err
+    arguments = ("linear-probe", colors / "train", tmp_path / "two", "--model", vit)
+    assert dino(*arguments, "--output", tmp_path / "none", *settings) == 2
+    assert "classes of" in capsys.readouterr().err
     assert dino("classifier-accuracy", colors / "test", "--model", vit) == 2
     assert "no trained classifier" in capsys.readouterr().err
+
+
+def test_a_probe_knows_classes_without_a_picture(vit, colors, tmp_path):
+    names = ["blue", "green", "red", "violet"]
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
+    )
+    for split in ("train", "test"):
+        files = sorted((colors / split).glob("*/*.png"))
+        rows = [{"image": str(file), "label": names.index(file.parent.name)} for file in files]
+        data = datasets.Dataset.from_list(rows, features=features)
+        data.to_parquet(tmp_path / f"{split}.parquet")
+    arguments = ("linear-probe", tmp_path / "train.parquet", tmp_path / "test.parquet")
+    settings = ("--model", vit, "--epochs", 2, "--layers", 1, "--output", tmp_path / "probe")
+    assert dino(*arguments, *settings) == 0
+    model = DinoVitForImageClassification.from_pretrained(tmp_path / "probe")
+    assert list(model.config.id2label.values()) == names
+    # Random crops are those of the seed.
+    again = (*settings[:-1], tmp_path / "again")
+    torch.rand(5)
+    assert dino(*arguments, *again) == 0
+    other = DinoVitForImageClassification.from_pretrained(tmp_path / "again")
+    assert other.classifier.weight.equal(model.classifier.weight)
 
 
 def test_similar_pictures_are_found_and_drawn(vit, colors, tmp_path, capsys):
@@ -197,6 +230,7 @@ def test_objects_are_followed_through_a_set_of_videos(vit, tmp_path, capsys):
         (["jaccard", "COLORS/test/red", "COLORS", "--model", "VIT"], "has a mask of its name"),
         (["attention-video", "COLORS", "--model", "VIT", "--output", "film.doc"], "film.doc"),
         (["knn", "COLORS", "COLORS", "--model", "VIT", "--device", "abacus"], "abacus"),
+        (["knn", "COLORS", "COLORS", "--model", "VIT", "--output", "no/a.json"], "not exist"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told_without_a_traceback(arguments, words, vit, colors, capsys, monkeypatch,

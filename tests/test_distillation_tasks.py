@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from sgtr_hf import (
     DinoVitConfig,
@@ -184,6 +185,27 @@ def test_a_teacher_of_other_classes_or_pixels_is_refused(colors, tmp_path):
     recipe.image_processor = {"crop_size": {"height": 16, "width": 16}}
     with pytest.raises(ValueError, match=r"`image_processor\.image_mean` must be"):
         make_task(recipe, accelerator)
+
+
+def test_a_teacher_of_transformers_needs_pictures_of_one_size(colors, tmp_path):
+    names = {0: "blue", 1: "green", 2: "red"}
+    config = ViTConfig(
+        image_size=16, patch_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16, id2label=names, label2id={name: i for i, name in names.items()},
+    )  # fmt: skip
+    ViTForImageClassification(config).save_pretrained(tmp_path / "teacher")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "teacher")
+    recipe = classification_recipe(colors, tmp_path, tmp_path / "teacher")
+    Trainer(recipe).run()
+    # Without a crop of its own, the student's images have the size of the teacher's.
+    other = copy.deepcopy(recipe)
+    other.image_processor = {"crop_size": {"height": 8, "width": 8}, "image_mean": [0.5] * 3,
+                             "image_std": [0.5] * 3}  # fmt: skip
+    with pytest.raises(ValueError, match=r"pictures of \(16, 16\) pixels.*got \(8, 8\)"):
+        make_task(other, Accelerator(cpu=True))
+    ViTImageProcessor(size={"shortest_edge": 16}).save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ValueError, match="must make pictures of one size"):
+        make_task(recipe, Accelerator(cpu=True))
 
 
 def test_mistakes_are_named(squares, teacher, tmp_path):

@@ -197,3 +197,7 @@ def test_a_backbone_trained_without_labels_goes_into_a_detector(model, tmp_path)
     load_backbone_weights(detector.model.backbone, str(tmp_path))
     for name, tensor in pretraining.model.state_dict().items():
         assert detector.model.backbone.model.state_dict()[name].equal(tensor), name
+    larger = tiny_config(image_size=64, patch_size=8, out_features=["stage1", "stage2"])
+    other = SgtrDetrForObjectDetection(small_detector_config(backbone_config=larger))
+    with pytest.raises(ValueError, match=r"`backbone_weights` .*position` of shape"):
+        load_backbone_weights(other.model.backbone, str(tmp_path))

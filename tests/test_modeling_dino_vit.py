@@ -153,6 +153,7 @@ def test_both_image_processors_agree():
         ({"drop_path": 1.0}, "drop_path"),
         ({"num_registers": -1}, "num_registers"),
         ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"interpolation_offset": 1.0}, "interpolation_offset"),
     ],
 )
 def test_wrong_sizes_are_errors(fields, words):

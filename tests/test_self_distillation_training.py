@@ -1,6 +1,7 @@
 import dataclasses
 import logging
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -18,6 +19,7 @@ from sgtr_hf.training.loop import Trainer
 from sgtr_hf.training.recipe import DataSettings, Recipe, TrainingSettings, load_recipe
 from sgtr_hf.training.tasks.self_distillation_task import SelfDistillationTask
 from tiny_pictures import (
+    NAMES,
     distillation_recipe,
     run_pretraining,
     write_picture_folder,
@@ -190,6 +192,103 @@ def test_streams_train_and_resume_to_the_bit(tmp_path):
     Trainer(distillation_recipe(data, tmp_path / "half", data_fields=stream)).run()
     assert losses_by_update(tmp_path / "half") == losses_by_update(tmp_path / "whole")
     assert read_log(tmp_path / "whole", "validation")[4]["knn_top1"] is not None
+
+
+def test_an_evaluation_made_again_after_a_resume_has_the_same_figures(data, tmp_path):
+    # The teacher's temperature rises after the first epoch, which ends with a checkpoint.
+    fields = {
+        "warmup_teacher_temperature": 0.02,
+        "warmup_teacher_temperature_epochs": 1,
+        "checkpoint_every": 1,
+    }
+    trainer = Trainer(distillation_recipe(data, tmp_path, **fields))
+
+    def evaluate():
+        raise RuntimeError("killed")
+
+    trainer._evaluate = evaluate
+    with pytest.raises(RuntimeError, match="killed"):
+        trainer.run()
+    assert read_log(tmp_path, "validation") == {}
+    Trainer(distillation_recipe(data, tmp_path, **fields)).run()
+    Trainer(distillation_recipe(data, tmp_path / "whole", **fields)).run()
+    resumed = read_log(tmp_path, "validation")[3]
+    whole = read_log(tmp_path / "whole", "validation")[3]
+    for name in ("teacher_entropy", "mean_entropy", "entropy_gap", "knn_top1"):
+        assert resumed[name] == whole[name], name
+
+
+def test_training_images_need_no_classes_even_where_validation_has_them(tmp_path, caplog):
+    folder = write_picture_folder(tmp_path / "data")
+    for path in sorted((folder / "train").glob("*/*.png")):
+        path.rename(folder / "train" / path.name)
+    for name in NAMES:
+        (folder / "train" / name).rmdir()
+    fields = {"max_steps": 3, "warmup_epochs": 0.5}
+    with caplog.at_level(logging.WARNING):
+        Trainer(distillation_recipe(folder, tmp_path / "run", **fields)).run()
+    assert read_log(tmp_path / "run", "validation")[3]["knn_top1"] is None
+    assert "split train have no classes" in caplog.text
+
+
+def test_splits_of_other_classes_are_refused(tmp_path):
+    folder = write_picture_folder(tmp_path / "data")
+    (folder / "validation" / "red").rename(folder / "validation" / "pink")
+    with pytest.raises(ValueError, match="must have the same classes"):
+        Trainer(distillation_recipe(folder, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"cache_images": True}, {"streaming": True, "images_per_epoch": 16}],
+    ids=["at hand", "decoded beforehand", "streamed"],
+)
+def test_broken_training_images_are_left_out(tmp_path, fields, caplog):
+    data = write_picture_rows(tmp_path / "data")
+    path = data / "train-00000-of-00001.parquet"
+    rows = datasets.Dataset.from_parquet(str(path)).cast_column(
+        "image", datasets.Image(decode=False)
+    )
+    broken = rows.to_list()
+    broken[0]["image"], broken[1]["image"] = None, {"bytes": b"no picture", "path": None}
+    datasets.Dataset.from_list(broken, features=rows.features).to_parquet(path)
+    fields = fields | {"on_error": "drop"}
+    recipe = distillation_recipe(data, tmp_path / "run", data_fields=fields, max_steps=3,
+                                 warmup_epochs=0.5)  # fmt: skip
+    with caplog.at_level(logging.WARNING):
+        Trainer(recipe).run()
+    assert "row 0: it has no picture" in caplog.text
+    assert "row 1: " in caplog.text
+    assert read_log(tmp_path / "run", "validation")[3 if "streaming" not in fields else 2]
+    recipe.data.on_error = "raise"
+    recipe.training.output_dir = str(tmp_path / "strict")
+    with pytest.raises(ValueError, match=r"row \d+: "):
+        Trainer(recipe).run()
+
+
+def test_folders_of_images_are_not_streamed(tmp_path):
+    folder = write_picture_folder(tmp_path / "data")
+    fields = {"streaming": True, "images_per_epoch": 16}
+    with pytest.raises(ValueError, match=r"`data\.streaming` is for rows"):
+        Trainer(distillation_recipe(folder, tmp_path / "run", data_fields=fields))
+
+
+def test_one_network_starts_student_and_teacher(data, whole_run, tmp_path):
+    DinoVitModel.from_pretrained(whole_run / "final").save_pretrained(tmp_path / "one")
+    recipe = distillation_recipe(data, tmp_path / "run")
+    recipe.pretrained_model = str(tmp_path / "one")
+    model = Trainer(recipe).model
+    wanted = DinoVitModel.from_pretrained(tmp_path / "one").state_dict()
+    for network in (model.model, model.student.model):
+        assert all(tensor.equal(wanted[name]) for name, tensor in network.state_dict().items())
+    assert model.head.prototypes.direction.equal(model.student.head.prototypes.direction)
+
+
+def test_weights_of_other_sizes_are_not_thrown_away(data, whole_run, tmp_path):
+    recipe = distillation_recipe(data, tmp_path / "run", model={"image_size": 32})
+    recipe.pretrained_model = str(whole_run / "final")
+    with pytest.raises(ValueError, match=r"position.*leave out what changes it"):
+        Trainer(recipe)
 
 
 def test_a_collapse_is_seen(data, tmp_path, caplog):

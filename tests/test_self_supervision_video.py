@@ -106,6 +106,15 @@ def test_a_video_counts_neither_the_given_frame_nor_the_last():
     np.testing.assert_allclose(video_accuracy(predicted[:2], annotated[:2], [1]), [[0, 0]])
 
 
+def test_unknown_pixels_are_left_out():
+    annotated = np.zeros((3, 8, 8), dtype=np.uint8)
+    annotated[:, :4] = 1
+    predicted = annotated.copy()
+    predicted[1, 4:6] = 1
+    annotated[1, 4:6] = 255
+    np.testing.assert_allclose(video_accuracy(predicted, annotated, [1]), [[1, 1]])
+
+
 def test_mistaken_videos_are_refused():
     with pytest.raises(ValueError, match="one shape"):
         video_accuracy(np.zeros((2, 3, 3), int), np.zeros((2, 3, 4), int), [1])
@@ -157,6 +166,9 @@ def test_fewer_patches_than_neighbours_are_enough():
     features = torch.ones(1, 2, 4) / 2
     memory = [_MemoryFrame(features, torch.tensor([[[1.0, 0], [0, 1.0]]]))]
     labels = propagate(features, memory, PropagationSettings())
+    torch.testing.assert_close(labels, torch.full((1, 2, 2), 0.5))
+    # exp(1 / temperature) is no float32 any more.
+    labels = propagate(features, memory, PropagationSettings(temperature=0.001))
     torch.testing.assert_close(labels, torch.full((1, 2, 2), 0.5))
 
 
@@ -251,6 +263,9 @@ def test_mistakes_with_masks_are_named(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "rgb.png")
     with pytest.raises(ValueError, match="mode RGB"):
         read_mask(tmp_path / "rgb.png")
+    Image.fromarray(np.full((4, 4), 300, dtype=np.uint16)).save(tmp_path / "wide.png")
+    with pytest.raises(ValueError, match="from 300 to 300"):
+        read_mask(tmp_path / "wide.png")
     with pytest.raises(ValueError, match="There is no"):
         find_videos(tmp_path / "nowhere", tmp_path)
     (tmp_path / "frames").mkdir()

@@ -53,7 +53,7 @@ def test_clipping_by_tensor_follows_the_recipe(data, tmp_path):
 def test_patience_ends_a_run(data, tmp_path):
     trainer = Trainer(make_recipe(data, tmp_path, epochs=6, patience=2, best_figure="AP50"))
     figures = iter([0.1, 0.3, 0.2, 0.3, 0.9])
-    trainer.task.evaluate = lambda _: {"AP50": next(figures)}
+    trainer.task.evaluate = lambda *_: {"AP50": next(figures)}
     trainer.run()
     # Two evaluations, a better one, two that are not.
     assert read_log(tmp_path, "validation").keys() == {5, 10, 15, 20}
@@ -61,7 +61,7 @@ def test_patience_ends_a_run(data, tmp_path):
     assert (tmp_path / "final").is_dir()
     # The same command does not begin again.
     again = Trainer(make_recipe(data, tmp_path, epochs=6, patience=2, best_figure="AP50"))
-    again.task.evaluate = lambda _: {"AP50": 0.3}
+    again.task.evaluate = lambda *_: {"AP50": 0.3}
     again.run()
     assert again.progress.updates == 20
 

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import hf_hub_download
 
 from .auto import DEFAULT_CHECKPOINT
-from .command_arguments import add_labels_per_entity, model_folder, positive, probability
+from .command_arguments import (
+    add_labels_per_entity,
+    model_folder,
+    not_negative,
+    positive,
+    probability,
+)
 from .configuration.configuration_sgtr import SgtrConfig
 
 
@@ -34,6 +40,12 @@ def annotate(options: argparse.Namespace) -> int:
             f'`annotate` needs {error.name}, which is missing: `pip install "sgtr-hf[train]"`.'
         ) from error
 
+    source, output = Path(options.dataset), options.output.resolve()
+    if source.is_dir() and source.resolve() in (output, *output.parents):
+        raise ValueError(
+            f"`OUTPUT` {options.output} lies within {source}, and would be taken for a part of it; "
+            "name another folder."
+        )
     corpus = open_corpus(
         options.dataset,
         options.split,
@@ -105,6 +117,7 @@ def _settings(options: argparse.Namespace, revision: str) -> "AnnotationSettings
         graph_constraint=options.graph_constraint,
         labels_per_entity=options.labels_per_entity,
         distributions=options.distributions,
+        dtype=options.dtype,
     )
 
 
@@ -146,7 +159,10 @@ def add_annotation_commands(
         "--chunk-images", type=positive, default=1000, help="pictures of a file that is written"
     )
     parser.add_argument(
-        "--workers", type=int, default=2, help="processes that read pictures, for each of ours"
+        "--workers",
+        type=not_negative,
+        default=2,
+        help="processes that read pictures, for each of ours",
     )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--top-k", type=positive, default=100, help="most relations a picture")

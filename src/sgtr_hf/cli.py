@@ -34,7 +34,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
-    except (OSError, ValueError, TypeError, ImportError, StrictDataclassError) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        ArithmeticError,
+        ImportError,
+        StrictDataclassError,
+    ) as error:
         print(f"sgtr-hf {options.command}: {error}", file=sys.stderr)
         return 2
 

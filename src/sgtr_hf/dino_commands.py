@@ -8,7 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .command_arguments import image_paths, model_folder, positive, positive_number
+from .command_arguments import (
+    check_output_names,
+    image_paths,
+    model_folder,
+    positive,
+    positive_number,
+)
 from .dino_options import add_model_options, compute_features, load_model, write_report
 from .dino_picture_commands import add_picture_commands
 from .image_processing.picture_reading import IMAGE_SUFFIXES
@@ -26,8 +32,7 @@ def features(options: argparse.Namespace) -> int:
     """Compute features of pictures, and write them."""
     from .self_supervision.feature_extraction import save_features
 
-    if not options.output.parent.is_dir():
-        raise ValueError(f"the folder {options.output.parent} of `--output` does not exist.")
+    check_output_names(None, options.output)
     found = _features(options, options.source, options.split)
     save_features(found, options.output)
     print(f"{options.output}: {len(found.vectors)} x {found.vectors.shape[1]} features.")
@@ -38,16 +43,10 @@ def neighbours(options: argparse.Namespace) -> int:
     """Classify pictures by their nearest neighbours, and print the accuracy."""
     from .self_supervision.nearest_neighbours import neighbour_accuracy
 
+    check_output_names(None, options.output)
     bank = _features(options, options.train, options.train_split)
     queries = _features(options, options.test, options.test_split)
-    if bank.label_names != queries.label_names and None not in (
-        bank.label_names,
-        queries.label_names,
-    ):
-        raise ValueError(
-            f"The classes of {options.train} and {options.test} differ: {bank.label_names} and "
-            f"{queries.label_names}."
-        )
+    _check_classes(options.train, bank.label_names, options.test, queries.label_names)
     results = neighbour_accuracy(
         (queries.vectors, queries.labels),
         (bank.vectors, bank.labels),
@@ -73,7 +72,10 @@ def linear_probe(options: argparse.Namespace) -> int:
     model, image_processor = load_model(options)
     training = _labelled(options, options.train, options.train_split)
     validation = _labelled(options, options.test, options.test_split)
-    num_labels = 1 + max([*training.labels, *validation.labels])
+    names = training.label_names
+    _check_classes(options.train, names, options.test, validation.label_names)
+    # A class may have a name and no picture.
+    num_labels = len(names or ()) or 1 + max([*training.labels, *validation.labels])
     probe = make_probe(
         model,
         max(num_labels, 1),
@@ -81,8 +83,8 @@ def linear_probe(options: argparse.Namespace) -> int:
         patch_mean=options.patch_mean,
         seed=options.seed,
     ).to(options.device)
-    if training.label_names is not None:
-        probe.config.id2label = dict(enumerate(training.label_names))
+    if names is not None:
+        probe.config.id2label = dict(enumerate(names))
         probe.config.label2id = {name: label for label, name in probe.config.id2label.items()}
     settings = ProbeSettings(
         epochs=options.epochs,
@@ -110,6 +112,7 @@ def classifier_accuracy(options: argparse.Namespace) -> int:
     from .modeling.modeling_dino_vit import DinoVitForImageClassification
     from .self_supervision.linear_probe import ProbeSettings, evaluate_classifier
 
+    check_output_names(None, options.output)
     folder = model_folder(options.model)
     model, report = DinoVitForImageClassification.from_pretrained(folder, output_loading_info=True)
     if report["missing_keys"]:
@@ -117,6 +120,10 @@ def classifier_accuracy(options: argparse.Namespace) -> int:
             f"{folder} has no trained classifier; `sgtr-hf dino linear-probe` makes one."
         )
     pictures = _labelled(options, options.test, options.test_split)
+    own = [model.config.id2label[label] for label in range(model.config.num_labels)]
+    # Names that transformers makes up say nothing.
+    is_named = own != [f"LABEL_{label}" for label in range(len(own))]
+    _check_classes(folder, own if is_named else None, options.test, pictures.label_names)
     settings = ProbeSettings(batch_size=options.batch_size, num_workers=options.workers)
     accuracy = evaluate_classifier(
         model.eval().to(options.device),
@@ -138,6 +145,7 @@ def copy_detection(options: argparse.Namespace) -> int:
     from .self_supervision.feature_extraction import copy_descriptor
     from .self_supervision.image_preparation import Normalization, SquarePreparation
 
+    check_output_names(None, options.output)
     blocks = _copy_blocks(options.folder, options.originals)
     model, image_processor = load_model(options)
     prepare = SquarePreparation(options.image_size, Normalization.of(image_processor))
@@ -176,7 +184,7 @@ def add_dino_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPar
         "has its own --help.",
     )
     evaluations = parent.add_subparsers(dest="evaluation", required=True, metavar="EVALUATION")
-    parser = evaluations.add_parser("features", help="compute features once, for other commands")
+    parser = evaluations.add_parser("features", help="compute features once, for `knn`")
     parser.set_defaults(run=features)
     parser.add_argument("source", help=_SOURCE_HELP)
     parser.add_argument("--split", help="of a data set; sub-folder of a folder of images")
@@ -220,8 +228,7 @@ def _add_feature_options(parser: argparse.ArgumentParser, *, is_model_required: 
     parser.add_argument(
         "--raw-pixels", action="store_true", help="pixels instead of features: another baseline"
     )
-    parser.add_argument("--image-column", help="column of the images, if not found")
-    parser.add_argument("--label-column", help="column of the classes, if not found")
+    _add_columns(parser)
     parser.add_argument("--streaming", action="store_true", help="read a data set row by row")
     add_model_options(parser, is_required=is_model_required)
 
@@ -320,6 +327,14 @@ def _features(options: argparse.Namespace, source: str, split: str | None) -> "F
     model, image_processor = load_model(options, untrained=options.untrained)
     compute = raw_pixels if options.raw_pixels else partial(class_token, model)
     return compute_features(options, pictures, ProcessorPreparation(image_processor), compute)
+
+
+def _check_classes(
+    first: str, names: list[str] | None, second: str, other_names: list[str] | None
+) -> None:
+    """Refuse to compare numbers of classes that mean different classes."""
+    if None not in (names, other_names) and names != other_names:
+        raise ValueError(f"The classes of {first} and {second} differ: {names} and {other_names}.")
 
 
 def _labelled(options: argparse.Namespace, source: str, split: str | None) -> Any:

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .command_arguments import model_folder, positive
+from .command_arguments import model_folder, not_negative, positive
 
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def add_model_options(
         help=f"pictures at a time (default: {batch_size})",
     )
     parser.add_argument(
-        "--workers", type=int, default=0, help="processes that read pictures (default: 0)"
+        "--workers", type=not_negative, default=0, help="processes that read pictures (default: 0)"
     )
 
 

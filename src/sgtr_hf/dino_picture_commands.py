@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .command_arguments import (
     check_output_names,
     image_paths,
+    not_negative,
     positive,
     positive_number,
     probability,
@@ -32,7 +33,8 @@ def retrieve(options: argparse.Namespace) -> int:
 
     check_output_names(options.output, options.json)
     queries = list(image_paths(options.queries))
-    database = [path for path in _files(options.folder) if not _is_among(path, queries)]
+    asked = {Path(query).resolve() for query in queries}
+    database = [path for path in _files(options.folder) if Path(path).resolve() not in asked]
     if not database:
         raise ValueError(f"the folder {options.folder} has no image to find but the queries.")
     describe = _retrieval_features(options)
@@ -63,6 +65,7 @@ def retrieval_benchmark(options: argparse.Namespace) -> int:
     """Rank a database for each query of a benchmark, and print the mean average precision."""
     from .self_supervision.image_retrieval import read_benchmark, retrieval_accuracy
 
+    check_output_names(None, options.output)
     benchmark = read_benchmark(options.answers)
     files = {Path(path).stem: path for path in _files(options.folder)}
     missing = [name for name in (*benchmark.database, *benchmark.queries) if name not in files]
@@ -133,6 +136,7 @@ def jaccard(options: argparse.Namespace) -> int:
     from .self_supervision.annotated_videos import object_masks, read_mask
     from .self_supervision.class_attention import attention_jaccard, enlarge, most_attended
 
+    check_output_names(None, options.output)
     images = {Path(path).stem: path for path in _files(options.images)}
     masks = {path.stem: path for path in sorted(options.masks.glob("*.png"))}
     pairs = sorted(images.keys() & masks.keys())
@@ -156,7 +160,9 @@ def jaccard(options: argparse.Namespace) -> int:
         if overlap is not None:
             figures[name] = float(overlap)
     if not figures:
-        raise ValueError(f"no mask of {options.masks} has an object.")
+        raise ValueError(
+            f"no mask of {options.masks} has an object: a number from 1 to 254 (255 is unknown)."
+        )
     mean = sum(figures.values()) / len(figures)
     print(f"{len(figures)} images: Jaccard {mean:.4f} at {options.mass:.0%} of the attention")
     write_report(options.output, {"jaccard": mean, "mass": options.mass, "images": figures})
@@ -176,6 +182,7 @@ def video_segmentation(options: argparse.Namespace) -> int:
     )
     from .visualization.video_files import read_frames
 
+    check_output_names(None, options.report)
     videos = find_videos(options.frames, options.masks, options.videos)
     model, image_processor = load_model(options)
     settings = PropagationSettings(
@@ -195,9 +202,12 @@ def video_segmentation(options: argparse.Namespace) -> int:
         )
         predicted = list(write_masks(options.output / video.name, names, masks, video.masks[0]))
         print(f"{video.name}: {len(predicted)} frames")
-        if len(video.masks) != len(predicted) or len(predicted) < 2:  # noqa: PLR2004
-            continue
         objects = [int(number) for number in np.unique(first) if number]
+        if len(predicted) < 2 or len(video.masks) != len(predicted) or not objects:  # noqa: PLR2004
+            # One mask is for a video to follow only; more are to be measured with.
+            if len(video.masks) > 1:
+                print(f"  not measured: {len(objects)} objects, {len(video.masks)} masks")
+            continue
         annotated = np.stack([read_mask(path) for path in video.masks])
         found = video_accuracy(np.stack(predicted), annotated, objects)
         figures.append(found)
@@ -311,7 +321,10 @@ def _add_video_segmentation(
         "--memory", type=positive, default=7, help="last frames to look at (default: 7)"
     )
     parser.add_argument(
-        "--radius", type=int, default=12, help="patches to look around, 0 for all (default: 12)"
+        "--radius",
+        type=not_negative,
+        default=12,
+        help="patches to look around, 0 for all (default: 12)",
     )
     parser.add_argument(
         "--neighbours", type=positive, default=5, help="patches a label comes from (default: 5)"
@@ -383,10 +396,6 @@ def _retrieval_features(options: argparse.Namespace) -> "Callable[[Sequence[str]
     if options.multi_scale:
         compute = partial(multi_scale, compute)
     return lambda files: compute_features(options, PictureFiles(files), prepare, compute)
-
-
-def _is_among(path: str, others: Sequence[str]) -> bool:
-    return any(Path(path).resolve() == Path(other).resolve() for other in others)
 
 
 def _files(folder: Path) -> list[str]:

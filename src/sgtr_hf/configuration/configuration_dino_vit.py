@@ -124,6 +124,14 @@ class DinoVitConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"({self.num_hidden_layers}), got {self.num_classification_layers}."
             )
 
+    def validate_interpolation(self) -> None:
+        """Reject an offset that changes the number of positions."""
+        if not 0 <= self.interpolation_offset < 1:
+            raise ValueError(
+                "`interpolation_offset` must be at least 0 and below 1, got "
+                f"{self.interpolation_offset}."
+            )
+
     def validate_stem(self) -> None:
         """Reject a convolutional stem that cannot halve its way down to patches."""
         size = self.patch_size
@@ -140,13 +148,8 @@ class DinoVitConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def validate_pretraining(self) -> None:
         """Reject heads and temperatures that cannot be."""
-        # Ten times and more what published models use.
-        most = 10_000_000
-        for name in ("num_prototypes", "head_layers", "head_hidden_dim", "head_bottleneck_dim"):
-            if not 1 <= getattr(self, name) <= most:
-                raise ValueError(
-                    f"`{name}` must be at least 1 and at most {most}, got {getattr(self, name)}."
-                )
+        names = ("num_prototypes", "head_layers", "head_hidden_dim", "head_bottleneck_dim")
+        check_sizes(self, names, 1)
         if not self.student_temperature > 0:
             raise ValueError(
                 f"`student_temperature` must be above 0, got {self.student_temperature}."

@@ -30,6 +30,10 @@ _MOST = {
     "patch_size": 1_024,
     "num_channels": 1_024,
     "num_registers": 10_000,
+    "num_prototypes": 10_000_000,
+    "head_layers": 100,
+    "head_hidden_dim": 131_072,
+    "head_bottleneck_dim": 16_384,
 }
 MAX_LABELS = 1_000_000
 

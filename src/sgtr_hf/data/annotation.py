@@ -33,6 +33,7 @@ _UNREADABLE = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
+_BROKEN = (OSError, SyntaxError, ValueError, TypeError)
 # Batches that a worker may be ahead of the model.
 _AHEAD = 2
 
@@ -51,6 +52,7 @@ class AnnotationSettings:
         graph_constraint: Keep one predicate for each ordered pair of entities.
         labels_per_entity: Classes of an entity that may each be a node of the graph.
         distributions: Write the score of every predicate, for recall without graph constraint.
+        dtype: Of the model's weights, which decides the last digits of scores.
     """
 
     model: str
@@ -62,6 +64,7 @@ class AnnotationSettings:
     graph_constraint: bool = False
     labels_per_entity: int = 1
     distributions: bool = False
+    dtype: str = "float32"
 
 
 class AnnotationReport(NamedTuple):
@@ -110,15 +113,30 @@ class _Reader(Dataset[_Batch]):
             try:
                 pictures.append(_decode(image))
                 readable.append(image)
-            except (OSError, SyntaxError, ValueError, TypeError) as error:
+            except _BROKEN as error:
                 errors.append((image.image_id, str(error)))
-        features = {}
-        if pictures:
-            features = dict(self.image_processor(images=pictures, return_tensors="pt"))
+        try:
+            features = self._prepare(pictures)
+        except _BROKEN:
+            # Of a shape that cannot be resized; the others must not be lost with it.
+            kept = []
+            for image, picture in zip(readable, pictures, strict=True):
+                try:
+                    self._prepare([picture])
+                    kept.append((image, picture))
+                except _BROKEN as error:
+                    errors.append((image.image_id, str(error)))
+            readable, pictures = [image for image, _ in kept], [picture for _, picture in kept]
+            features = self._prepare(pictures)
         sizes = [(picture.height, picture.width) for picture in pictures]
         # Their encoded bytes have no further use, and would travel back between processes.
-        kept = [image._replace(encoded=None) for image in readable]
-        return _Batch(job._replace(images=()), kept, sizes, features, errors)
+        names = [image._replace(encoded=None) for image in readable]
+        return _Batch(job._replace(images=()), names, sizes, features, errors)
+
+    def _prepare(self, pictures: list[Image.Image]) -> dict[str, torch.Tensor]:
+        if not pictures:
+            return {}
+        return dict(self.image_processor(images=pictures, return_tensors="pt"))
 
 
 def _decode(image: CorpusImage) -> Image.Image:
@@ -192,7 +210,7 @@ class Annotator:
         for shard in shards:
             num_present = self._count_present(shard)
             self._present += num_present
-            if self._marker(shard.name).exists():
+            if self._is_complete(shard, num_present):
                 continue
             position = num_present * size
             images: list[CorpusImage] = []
@@ -206,7 +224,7 @@ class Annotator:
                     images = []
             if position == num_present * size:
                 # Killed after its last file, or without a picture.
-                self._marker(shard.name).touch()
+                self._mark(shard.name, num_present)
 
     def _count_present(self, shard: Shard) -> int:
         """The number of files that a former run left, which are the first ones."""
@@ -219,8 +237,18 @@ class Annotator:
         return self.output / f"graphs-{chunk}.parquet"
 
     def _marker(self, shard_name: str) -> Path:
-        """A file that is there when all files of the shard are."""
+        """A file that says how many files the shard has, once all are there."""
         return self.output / f".complete-{shard_name}"
+
+    def _mark(self, shard_name: str, num_files: int) -> None:
+        self._marker(shard_name).write_text(f"{num_files}\n")
+
+    def _is_complete(self, shard: Shard, num_present: int) -> bool:
+        """Tell whether all files are there still; one may have been deleted to be made again."""
+        try:
+            return int(self._marker(shard.name).read_text()) == num_present
+        except (FileNotFoundError, ValueError):
+            return False
 
     def _write_chunk(
         self, first: _Batch, batches: Iterator[_Batch], progress: Any
@@ -250,7 +278,7 @@ class Annotator:
             # Before the file gets its name, so that no loss goes unnoticed.
             self._write_errors(name, errors)
         if batch.job.ends_shard is not None:
-            self._marker(batch.job.ends_shard).touch()
+            self._mark(batch.job.ends_shard, 1 + int(name.rpartition("-")[2]))
         return count, len(errors)
 
     @torch.inference_mode()

@@ -42,7 +42,8 @@ class Corpus:
 
     Args:
         shards: Every process sees the same.
-        fingerprint: Changes when the list of files does.
+        fingerprint: Changes when the list of files or the chosen columns do; of local Parquet
+            files, when their sizes do.
     """
 
     shards: Sequence[Shard]
@@ -83,11 +84,12 @@ def open_corpus(
     wanted = [name for name in (image_column, id_column) if name is not None]
     stream = stream.select_columns(wanted).cast_column(image_column, datasets.Image(decode=False))
     names = [f"{number:05d}" for number in range(stream.num_shards)]
+    columns = [f"{image_column} {id_column} {split}"]
     shards = [
         Shard(name, None, _StreamReader(stream, number, (image_column, id_column)))
         for number, name in enumerate(names)
     ]
-    return Corpus(shards, _hash([str(source), split, *names]))
+    return Corpus(shards, _hash([*_describe_source(path, str(source)), *columns, *names]))
 
 
 def _open_folder(folder: Path, shard_images: int) -> Corpus:
@@ -105,6 +107,15 @@ def _open_folder(folder: Path, shard_images: int) -> Corpus:
         images = [CorpusImage(ids[row], str(files[row]), None) for row in rows]
         shards.append(Shard(f"{number:05d}", len(images), images.__iter__))
     return Corpus(shards, _hash(names))
+
+
+def _describe_source(path: Path, source: str) -> list[str]:
+    """Names and sizes of local files, wherever they lie; the id of a data set of the Hub."""
+    if not path.exists():
+        return [source]
+    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    folder = path if path.is_dir() else path.parent
+    return [f"{file.relative_to(folder).as_posix()} {file.stat().st_size}" for file in files]
 
 
 def _file_ids(names: Sequence[str]) -> list[str]:

@@ -83,7 +83,13 @@ def _count(paths: Iterable[Path]) -> _Split:
 def _leaf_values(file: pq.ParquetFile, column: str, leaf: str) -> dict[int, int]:
     """Count the values of a field of the entries of a list."""
     names = [file.schema.column(number).path for number in range(len(file.schema))]
-    path = next(n for n in names if n.startswith(f"{column}.") and n.endswith(f".{leaf}"))
+    paths = [n for n in names if n.startswith(f"{column}.") and n.endswith(f".{leaf}")]
+    if not paths:
+        raise ValueError(
+            f"The Parquet files have no `{column}` with `{leaf}`; this pushes scene graphs in the "
+            "schema of docs/data.md, `sgtr-hf convert` makes them."
+        )
+    path = paths[0]
     values = [
         batch.column(0).flatten().field(leaf).to_numpy(zero_copy_only=False)
         for batch in file.iter_batches(columns=[path])

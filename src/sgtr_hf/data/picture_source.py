@@ -4,16 +4,22 @@ Scene graphs have a schema of their own (`schema.py`); this is for what a vision
 evaluated on: a picture, at most a class, and a name to call it by.
 """
 
+import copy
 import io
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import datasets
+from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ..image_processing.picture_reading import IMAGE_SUFFIXES, read_image
+
+
+logger = logging.getLogger(__name__)
 
 
 class Picture(NamedTuple):
@@ -74,6 +80,7 @@ class PictureFolder(Dataset[Picture]):
         self.label_names = None if is_flat == {True} else sorted({part[0] for part in parts})
         numbers = {name: number for number, name in enumerate(self.label_names or ())}
         self.labels = [numbers.get(part[0], -1) for part in parts]
+        self.has_classes = self.label_names is not None
 
     def __len__(self) -> int:
         return len(self.files)
@@ -114,6 +121,11 @@ class PictureRows(Dataset[Picture]):
             return [-1] * len(self.rows)
         return [-1 if label is None else label for label in self.rows[self._columns[1]]]
 
+    @property
+    def has_classes(self) -> bool:
+        """Whether any row has a class."""
+        return any(label >= 0 for label in self.labels)
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -128,6 +140,10 @@ class PictureStream(IterableDataset[Picture]):
         rows: As of `PictureRows`.
         image_column: Likewise.
         label_column: Likewise.
+
+    Attributes:
+        on_error: "drop" passes over a picture that cannot be read, and says so in the log; set it
+            before reading.
     """
 
     def __init__(
@@ -140,6 +156,8 @@ class PictureStream(IterableDataset[Picture]):
             rows = rows._resolve_features()
         self._columns = _find_columns(rows.features, image_column, label_column)
         self.label_names = _label_names(rows.features, self._columns[1])
+        self.has_classes = self._columns[1] is not None
+        self.on_error: Literal["raise", "drop"] = "raise"
         wanted = [name for name in self._columns if name is not None]
         self.rows = rows.select_columns(wanted).cast_column(
             self._columns[0], datasets.Image(decode=False)
@@ -154,7 +172,27 @@ class PictureStream(IterableDataset[Picture]):
     def read(self, rows: datasets.IterableDataset) -> Iterator[Picture]:
         """Yield the pictures of rows of the same columns, such as `rows` in another order."""
         for number, row in enumerate(rows):
-            yield _row_picture(row, self._columns, number)
+            try:
+                picture = _row_picture(row, self._columns, number)
+            except ValueError as error:
+                if self.on_error == "raise":
+                    raise
+                logger.warning("Left out: %s", error)
+                continue
+            yield picture
+
+    def first(self, count: int) -> "PictureStream":
+        """Return the stream of the first so many rows."""
+        return self._of(self.rows.take(count))
+
+    def share(self, rank: int, num_nodes: int) -> "PictureStream":
+        """Return the part of one of several processes."""
+        return self._of(split_dataset_by_node(self.rows, rank=rank, world_size=num_nodes))
+
+    def _of(self, rows: datasets.IterableDataset) -> "PictureStream":
+        part = copy.copy(self)
+        part.rows = rows
+        return part
 
 
 PictureSource = PictureFolder | PictureRows | PictureStream
@@ -255,6 +293,8 @@ def _label_names(features: datasets.Features, label_column: str | None) -> list[
 def _row_picture(row: dict[str, Any], columns: tuple[str, str | None], number: int) -> Picture:
     image_column, label_column = columns
     encoded = row[image_column]
+    if encoded is None:
+        raise ValueError(f"row {number}: it has no picture.")
     name = encoded.get("path") or f"row {number}"
     try:
         source = encoded["path"] if encoded["bytes"] is None else _decode(encoded["bytes"])
@@ -268,7 +308,7 @@ def _row_picture(row: dict[str, Any], columns: tuple[str, str | None], number: i
 def _decode(encoded: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(encoded))
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"the picture cannot be decoded: {error}") from error
 
 

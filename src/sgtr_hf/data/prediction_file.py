@@ -4,6 +4,7 @@ What `sgtr-hf predict` writes and `sgtr-hf evaluate` reads. B images of a batch,
 """
 
 import io
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -144,6 +145,9 @@ class PredictionWriter(AbstractContextManager["PredictionWriter"]):
             self._flush()
         self._file.close()
         if error is None:
+            # Or a power failure could leave the name without the content.
+            with self._unfinished.open("rb") as file:
+                os.fsync(file.fileno())
             self._unfinished.replace(self.path)
         else:
             self._unfinished.unlink(missing_ok=True)

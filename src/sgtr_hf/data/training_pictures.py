@@ -36,14 +36,39 @@ class ChangedPicture(NamedTuple):
     name: str
 
 
+class ReadablePictures(Dataset[Picture]):
+    """Pictures at hand, of which some may be broken.
+
+    Args:
+        pictures: A folder, rows, or `DecodedPictures`.
+        on_error: "raise" if a picture cannot be read, or "drop" to take the next one.
+    """
+
+    def __init__(self, pictures: Dataset[Picture], on_error: str = "raise") -> None:
+        self.pictures, self.on_error = pictures, on_error
+
+    def __len__(self) -> int:
+        return len(self.pictures)  # type: ignore[arg-type] # torch gives its data sets no length
+
+    def __getitem__(self, index: int) -> Picture:
+        for step in range(len(self)):
+            try:
+                return self.pictures[(index + step) % len(self)]
+            except ValueError as error:
+                if self.on_error == "raise":
+                    raise
+                logger.warning("Left out: %s", error)
+        raise ValueError("No picture of the training split can be read.")
+
+
 class TrainingPictures(Dataset[ChangedPicture]):
     """Pictures at hand, whose changes depend on seed, epoch and index alone.
 
     Args:
-        pictures: A folder, rows, or `DecodedPictures`.
+        pictures: As of `ReadablePictures`.
         change: Draws from torch's random numbers.
         seed: Of the changes.
-        on_error: "raise" if a picture cannot be read, or "drop" to take the next one.
+        on_error: As of `ReadablePictures`.
 
     Attributes:
         epoch: Decides the changes; set it before each pass.
@@ -52,23 +77,15 @@ class TrainingPictures(Dataset[ChangedPicture]):
     def __init__(
         self, pictures: Dataset[Picture], change: Change, seed: int = 0, on_error: str = "raise"
     ) -> None:
-        self.pictures, self.change, self.seed, self.on_error = pictures, change, seed, on_error
+        self.pictures = ReadablePictures(pictures, on_error)
+        self.change, self.seed = change, seed
         self.epoch = 0
 
     def __len__(self) -> int:
-        return len(self.pictures)  # type: ignore[arg-type] # torch gives its data sets no length
+        return len(self.pictures)
 
     def __getitem__(self, index: int) -> ChangedPicture:
-        for step in range(len(self)):
-            try:
-                picture = self.pictures[(index + step) % len(self)]
-            except ValueError as error:
-                if self.on_error == "raise":
-                    raise
-                logger.warning("Left out: %s", error)
-                continue
-            return _change(picture, self.change, (self.seed, self.epoch, index))
-        raise ValueError("No picture of the training split can be read.")
+        return _change(self.pictures[index], self.change, (self.seed, self.epoch, index))
 
 
 class DecodedPictures(Dataset[Picture]):
@@ -78,17 +95,19 @@ class DecodedPictures(Dataset[Picture]):
 
     Args:
         pictures: A folder or rows.
+        on_error: As of `ReadablePictures`.
 
     Raises:
         ValueError: If sizes differ, or the pictures do not fit into memory.
     """
 
-    def __init__(self, pictures: Dataset[Picture]) -> None:
-        count = len(pictures)  # type: ignore[arg-type] # torch gives its data sets no length
+    def __init__(self, pictures: Dataset[Picture], on_error: str = "raise") -> None:
+        readable = ReadablePictures(pictures, on_error)
+        count = len(readable)
         self.pixels: NDArray[np.uint8] = np.zeros((0, 0, 0, 3), dtype=np.uint8)
         self.labels: list[int] = []
         for index in range(count):
-            picture = pictures[index]
+            picture = readable[index]
             pixels = np.asarray(picture.image.convert("RGB"))
             if index == 0:
                 self.pixels = _reserve((count, *pixels.shape))

@@ -17,6 +17,8 @@ MARK = "<!-- Written by sgtr-hf push. Remove this line to keep your own changes.
 DRAWING_NAME = "sample_graph.png"
 # What `scripts/evaluate_model.py --output` and a training run write.
 REPORT_NAME, RECORD_NAME = "evaluation.json", "training.json"
+# Folder of the best model of a run.
+BEST_NAME = "best"
 _FIGURES = {
     "R@20": "recall",
     "mR@20": "recall",
@@ -85,6 +87,8 @@ class ModelFacts(NamedTuple):
     """evaluation.json."""
     own_card: str | None = None
     """README.md, if somebody wrote it."""
+    is_best: bool = False
+    """Whether it is the best model of a run, not its last one."""
 
     @property
     def architecture(self) -> str:
@@ -118,6 +122,7 @@ def read_facts(folder: Path) -> ModelFacts:
         trainings,
         report,
         None if MARK in text else text,
+        is_best=folder.resolve().name == BEST_NAME,
     )
 
 
@@ -157,6 +162,8 @@ def make_card(
     known = {} if own is None else own.data.to_dict()
     metadata = _metadata(facts, repo_id)
     metadata["tags"] = list(dict.fromkeys([*(known.get("tags") or ()), *metadata["tags"]]))
+    # Figures of other weights, perhaps.
+    known.pop("model-index", None)
     known |= metadata
     known["license"] = licence or known.get("license") or "unknown"
     data = ModelCardData(**known, ignore_metadata_errors=True)
@@ -278,9 +285,17 @@ def _figures(facts: ModelFacts) -> str:
 {report["mode"]}, by `scripts/evaluate_model.py` of sgtr_hf {report["version"]}:
 
 {_table(report["figures"])}"""
-    figures = facts.trainings[-1].get("figures") if facts.trainings else None
-    if figures:
-        return f"On the validation split, at the end of training:\n\n{_table(figures)}"
+    last = facts.trainings[-1] if facts.trainings else {}
+    best = last.get("best")
+    if facts.is_best:
+        # The last figures are of other weights.
+        if best:
+            return (
+                f"On the validation split, after update {best['updates']} of {last['updates']}:\n\n"
+                f"{_table(best['figures'])}"
+            )
+    elif last.get("figures"):
+        return f"On the validation split, at the end of training:\n\n{_table(last['figures'])}"
     return "None were measured."
 
 

@@ -107,7 +107,7 @@ def prepare_model(
 
 
 def prepare_dataset(source: Path) -> None:
-    """Write the card of a folder of shards, unless somebody else did.
+    """Write the card of a folder of shards, unless it has one.
 
     Raises:
         ValueError: If its shards are not named as `datasets` names them.
@@ -156,8 +156,9 @@ def upload(
     while True:
         try:
             return send()
-        except (HfHubHTTPError, httpx2.TransportError) as error:
-            if not _may_pass(error) or attempt == _ATTEMPTS:
+        except (HfHubHTTPError, httpx2.TransportError, RuntimeError) as error:
+            # huggingface_hub wraps what happens to a large file.
+            if not _may_pass(error.__cause__ or error) or attempt == _ATTEMPTS:
                 raise OSError(f"{repo_id} was not published: {error}") from error
             wait = _FIRST_WAIT_SECONDS * 2 ** (attempt - 1)
             logger.warning("The upload was interrupted (%s); again in %g s.", error, wait)
@@ -165,7 +166,9 @@ def upload(
         attempt += 1
 
 
-def _may_pass(error: Exception) -> bool:
+def _may_pass(error: BaseException) -> bool:
+    if not isinstance(error, (HfHubHTTPError, httpx2.TransportError)):
+        return False
     response: Any = getattr(error, "response", None)
     return response is None or response.status_code in _PASSING
 

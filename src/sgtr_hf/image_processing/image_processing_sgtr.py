@@ -134,6 +134,8 @@ class _SgtrImageProcessing:
         normalization = (do_rescale, rescale_factor, do_normalize, image_mean, image_std)
 
         def target_size(shape: tuple[int, ...]) -> SizeDict | None:
+            if do_resize:
+                _check_shape(size, shape)
             if do_resize and legacy_round_sides and size.shortest_edge:
                 return _rounded_size(size, shape)
             return size if do_resize else None
@@ -297,6 +299,21 @@ def _check_size(size: SizeDict | None) -> None:
     if size is not None:
         height = size.height or size.longest_edge or size.shortest_edge or 0
         check_pixels(size.width or size.shortest_edge or height, height)
+
+
+def _check_shape(size: SizeDict, shape: tuple[int, ...]) -> None:
+    """Reject a picture so long that nothing, or far too much, would be left of it."""
+    if not size.shortest_edge:
+        return
+    factor, (height, width) = size.shortest_edge / min(shape), shape
+    if size.longest_edge:
+        factor = min(factor, size.longest_edge / max(shape))
+    if min(shape) * factor < 1:
+        raise ValueError(
+            f"A picture of {width} x {height} pixels is refused: with `size.longest_edge` "
+            f"{size.longest_edge} its shorter side is less than a pixel; cut it first."
+        )
+    check_pixels(int(width * factor), int(height * factor))
 
 
 def _rounded_size(size: SizeDict, shape: tuple[int, ...]) -> SizeDict:

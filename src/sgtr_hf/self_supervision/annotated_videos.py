@@ -71,7 +71,13 @@ def read_mask(path: str | Path) -> NDArray[np.uint8]:
                     f"{path} has mode {image.mode}; a mask must hold numbers of objects, as a PNG "
                     "with a palette or in grey."
                 )
-            return np.asarray(image).astype(np.uint8)
+            numbers = np.asarray(image)
+            if numbers.max() > VOID or numbers.min() < 0:
+                raise ValueError(
+                    f"{path} has numbers from {numbers.min()} to {numbers.max()}; a mask numbers "
+                    f"objects from 1 to {VOID - 1}, 0 is none and {VOID} unknown."
+                )
+            return numbers.astype(np.uint8)
     except OSError as error:
         raise ValueError(f"{path} cannot be read as a mask: {error}") from error
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
 
 from ..data.picture_source import Picture, PictureSource
+from ..data.training_dataset import prepare_worker
 from ..modeling.modeling_dino_vit import DinoVitModel
 from .image_preparation import Preparation, scaled
 
@@ -64,14 +65,17 @@ def copy_descriptor(model: DinoVitModel, pixel_values: Tensor, power: float = 4.
     Args:
         model: In evaluation mode.
         pixel_values: (B, 3, H, W).
-        power: 1 is the mean, infinity the maximum of each feature over the patches.
+        power: 1 is the mean; the larger, the nearer to each feature's maximum over the patches.
 
     Source:
         GeM pooling (Radenovic et al. 2018) with the power 4 of DINO's copy detection.
     """
     tokens = model(pixel_values).last_hidden_state
     patches = tokens[:, 1 + model.config.num_registers :]
-    pooled = patches.clamp(min=_LEAST_ACTIVATION).pow(power).mean(1).pow(1 / power)
+    patches = patches.clamp(min=_LEAST_ACTIVATION)
+    # Of shares of the maximum, which no power makes too large for float32.
+    most = patches.amax(1)
+    pooled = most * (patches / most[:, None]).pow(power).mean(1).pow(1 / power)
     return torch.cat((tokens[:, 0], pooled), dim=1)
 
 
@@ -113,7 +117,11 @@ def extract_features(
     shards = getattr(getattr(pictures, "rows", None), "num_shards", num_workers)
     workers = min(num_workers, shards) if isinstance(pictures, IterableDataset) else num_workers
     loader: DataLoader[Any] = DataLoader(
-        pictures, batch_size=batch_size, num_workers=workers, collate_fn=partial(_collate, prepare)
+        pictures,
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=partial(_collate, prepare),
+        worker_init_fn=prepare_worker,
     )
     for tensors, labels, names in loader:
         yield FeatureBatch(_compute_by_size(tensors, compute, device), labels, names)

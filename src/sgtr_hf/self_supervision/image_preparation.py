@@ -43,6 +43,22 @@ class Normalization(NamedTuple):
         return (pixels / _CHANNEL_VALUES - mean[:, None, None]) / std[:, None, None]
 
 
+def seen_size(image_processor: BaseImageProcessor) -> tuple[int, int]:
+    """Return height and width of the pictures that an image processor makes.
+
+    Raises:
+        ValueError: If they depend on the picture.
+    """
+    crops = getattr(image_processor, "do_center_crop", False)
+    size = dict((image_processor.crop_size if crops else image_processor.size) or {})
+    if not {"height", "width"} <= size.keys():
+        raise ValueError(
+            "`image_processor` must make pictures of one size, by `crop_size` or by `size` with "
+            f"`height` and `width`, got {size}."
+        )
+    return int(size["height"]), int(size["width"])
+
+
 class ProcessorPreparation:
     """As the model's image processor does it: a crop of the centre, as classification wants it.
 

@@ -4,16 +4,18 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 from transformers import BaseImageProcessor
 
 from ..configuration.configuration_dino_vit import DinoVitConfig
 from ..data.picture_source import Picture, PictureFolder, PictureRows
+from ..data.training_pictures import ChangedPicture, TrainingPictures
 from ..modeling.modeling_dino_vit import DinoVitForImageClassification, DinoVitModel
-from .image_preparation import Normalization, ProcessorPreparation
+from .image_preparation import Normalization, ProcessorPreparation, seen_size
 
 
 # The batch that the learning rate is said for.
@@ -127,17 +129,19 @@ def train_probe(
         momentum=settings.momentum,
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(settings.epochs, 1))
-    plain = _PlainPreparation(image_processor)
+    plain = _PlainCollator(image_processor)
     evaluation = _collect(probe, _loader(validation, plain, settings))
     cached = None
     if not settings.is_augmented:
         cached = _collect(probe, _loader(training, plain, settings))
     best: tuple[float, dict[str, Tensor]] = (-1.0, {})
     generator = torch.Generator().manual_seed(settings.seed)
-    crops = _loader(training, _RandomPreparation(image_processor), settings, generator)
+    crops = TrainingPictures(training, _RandomCrop(image_processor), settings.seed)
+    crop_loader = _loader(crops, _stack_crops, settings, generator)
     for epoch in range(1, settings.epochs + 1):
+        crops.epoch = epoch
         batches = (
-            _features_of(probe, tqdm(crops, desc=f"epoch {epoch}", leave=False))
+            _features_of(probe, tqdm(crop_loader, desc=f"epoch {epoch}", leave=False))
             if cached is None
             else _shuffled(cached, settings.batch_size, generator)
         )
@@ -166,7 +170,7 @@ def evaluate_classifier(
         ValueError: If a picture has no class, or one that the classifier has not.
     """
     _check_labels("validation", pictures, model.config.num_labels)
-    loader = _loader(pictures, _PlainPreparation(image_processor), settings)
+    loader = _loader(pictures, _PlainCollator(image_processor), settings)
     features, labels = _collect(model, loader)
     return measure(model.classifier(features), labels)
 
@@ -223,48 +227,39 @@ def _shuffled(
         yield features[rows], labels[rows]
 
 
-class _Collator:
-    """Makes a batch of pictures."""
+class _PlainCollator:
+    """Makes a batch of pictures as the model's image processor prepares them."""
 
-    def __init__(self, prepare: Callable[[list[Picture]], list[Tensor]]) -> None:
-        self.prepare = prepare
-
-    def __call__(self, pictures: list[Picture]) -> tuple[Tensor, Tensor]:
-        """Return pixel values (B, 3, H, W) and classes (B,)."""
-        labels = torch.tensor([picture.label for picture in pictures])
-        return torch.stack(self.prepare(pictures)), labels
-
-
-class _PlainPreparation:
     def __init__(self, image_processor: BaseImageProcessor) -> None:
         self.prepare = ProcessorPreparation(image_processor)
 
-    def __call__(self, pictures: list[Picture]) -> list[Tensor]:
-        return self.prepare([picture.image for picture in pictures])
+    def __call__(self, pictures: list[Picture]) -> tuple[Tensor, Tensor]:
+        """Return pixel values (B, 3, H, W) and classes (B,)."""
+        pixels = self.prepare([picture.image for picture in pictures])
+        return torch.stack(pixels), torch.tensor([picture.label for picture in pictures])
 
 
-class _RandomPreparation:
-    """A random crop of any size, mirrored or not, in the size of the processor's crop."""
+class _RandomCrop:
+    """A crop of any size, mirrored or not, in the size of the processor's crop."""
 
     def __init__(self, image_processor: BaseImageProcessor) -> None:
-        size = image_processor.crop_size if image_processor.do_center_crop else image_processor.size
-        self.augment = v2.Compose(
-            [
-                v2.RandomResizedCrop(
-                    (size["height"], size["width"]), interpolation=v2.InterpolationMode.BICUBIC
-                ),
-                v2.RandomHorizontalFlip(),
-            ]
-        )
+        # Bilinear, as DINO's recipe leaves it, while pictures to measure are resized bicubically.
+        crop = v2.RandomResizedCrop(seen_size(image_processor))
+        self.augment = v2.Compose([crop, v2.RandomHorizontalFlip()])
         self.normalization = Normalization.of(image_processor)
 
-    def __call__(self, pictures: list[Picture]) -> list[Tensor]:
-        return [self.normalization.apply(self.augment(picture.image)) for picture in pictures]
+    def __call__(self, image: Image.Image) -> Tensor:
+        return self.normalization.apply(self.augment(image))
+
+
+def _stack_crops(pictures: list[ChangedPicture]) -> tuple[Tensor, Tensor]:
+    labels = torch.tensor([picture.label for picture in pictures])
+    return torch.stack([picture.pixels for picture in pictures]), labels
 
 
 def _loader(
-    pictures: LabelledPictures,
-    prepare: Callable[[list[Picture]], list[Tensor]],
+    pictures: Dataset[Any],
+    collate: Callable[[list[Any]], tuple[Tensor, Tensor]],
     settings: ProbeSettings,
     generator: torch.Generator | None = None,
 ) -> Batches:
@@ -274,7 +269,7 @@ def _loader(
         batch_size=settings.batch_size,
         shuffle=generator is not None,
         num_workers=settings.num_workers,
-        collate_fn=_Collator(prepare),
+        collate_fn=collate,
         generator=generator,
     )
     return loader

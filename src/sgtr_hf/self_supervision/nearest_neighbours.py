@@ -138,7 +138,8 @@ def neighbour_accuracy(
     results = []
     for count in neighbour_counts:
         votes = vote(neighbours, bank_labels, count, num_classes, temperature)
-        ranked = votes.topk(min(5, num_classes), dim=1).indices
+        # With fewer than five votes, the rest of five classes would be chance.
+        ranked = votes.topk(min(5, count, num_classes), dim=1).indices
         is_right = ranked == query_labels[:, None]
         top1, top5 = is_right[:, 0].float().mean(), is_right.any(1).float().mean()
         results.append(NeighbourAccuracy(count, float(top1), float(top5)))

@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt
 
+from .annotated_videos import VOID
+
 
 Mask = NDArray[np.bool_]
 
@@ -84,7 +86,7 @@ def video_accuracy(
 
     Args:
         predicted: (frames, H, W) number of the object of each pixel, 0 for none.
-        annotated: Likewise.
+        annotated: Likewise; pixels of the number 255 are unknown and left out.
         objects: Their numbers.
 
     Returns:
@@ -106,7 +108,8 @@ def video_accuracy(
     figures = np.zeros((len(objects), last - 1, 2))
     for row, number in enumerate(objects):
         for frame in range(1, last):
-            masks = (predicted[frame] == number, annotated[frame] == number)
+            is_known = annotated[frame] != VOID
+            masks = (is_known & (predicted[frame] == number), annotated[frame] == number)
             figures[row, frame - 1] = region_similarity(*masks), boundary_accuracy(*masks)
     return np.asarray(figures.mean(1))
 

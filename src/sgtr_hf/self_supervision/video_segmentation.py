@@ -155,11 +155,13 @@ def _weigh(
         settings: Number of neighbours and temperature.
     """
     # (S, n, m) -> (n, S * m)
-    affinities = (queries @ bank.transpose(1, 2) / settings.temperature).exp() * is_near
-    affinities = affinities.transpose(0, 1).flatten(1)
-    weights, sources = affinities.topk(min(settings.num_neighbours, affinities.shape[1]), dim=1)
-    weights = weights / weights.sum(1, keepdim=True)
-    return (weights[..., None] * labels[sources]).sum(1)
+    scores = (queries @ bank.transpose(1, 2) / settings.temperature).masked_fill(
+        ~is_near, -torch.inf
+    )
+    scores = scores.transpose(0, 1).flatten(1)
+    best, sources = scores.topk(min(settings.num_neighbours, scores.shape[1]), dim=1)
+    # A patch is always near itself, so one score is finite.
+    return (best.softmax(1)[..., None] * labels[sources]).sum(1)
 
 
 @torch.inference_mode()

@@ -16,12 +16,21 @@ def load_backbone_weights(backbone: PreTrainedModel, source: str) -> None:
         source: Folder or Hub id, such as `microsoft/resnet-50` for a `ResNetBackbone`.
 
     Raises:
-        ValueError: If the model there lacks a weight of the backbone.
+        ValueError: If the model there lacks a weight of the backbone, or has one of another shape.
         OSError: If there is no such model.
     """
     loaded, report = type(backbone).from_pretrained(
-        source, config=backbone.config, dtype=torch.float32, output_loading_info=True
+        source,
+        config=backbone.config,
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
     )
+    for name, given, wanted in report["mismatched_keys"]:
+        raise ValueError(
+            f"`backbone_weights` {source} has `{name}` of shape {tuple(given)}, the backbone of "
+            f"the recipe {tuple(wanted)}; take the sizes of `backbone_config` from its config.json."
+        )
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(

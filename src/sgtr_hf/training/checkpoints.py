@@ -30,7 +30,9 @@ class Progress:
         updates: Updates done.
         seconds: Wall time.
         best: Best figure of the validation split so far.
+        best_record: Update and all figures of that evaluation.
         evaluations_since_best: Evaluations after that one.
+        layout: What decides which images a batch holds, by its key in the recipe.
     """
 
     def __init__(self) -> None:
@@ -39,7 +41,9 @@ class Progress:
         self.updates = 0
         self.seconds = 0.0
         self.best: float | None = None
+        self.best_record: dict[str, Any] | None = None
         self.evaluations_since_best = 0
+        self.layout: dict[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the numbers."""
@@ -114,7 +118,7 @@ def save_model(
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first."""
-    return sorted(folder.glob("checkpoint-????????"))
+    return sorted(folder.glob("checkpoint-" + 8 * "[0-9]"))
 
 
 def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
@@ -135,12 +139,7 @@ def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
             )
         return None
     if resume != "auto":
-        damage = find_damage(Path(resume))
-        if damage is not None:
-            raise ValueError(
-                f"`training.resume` {resume} is not a complete checkpoint of a run: {damage}. Name "
-                'a folder checkpoint-..., or use "auto".'
-            )
+        _check_named(folder, Path(resume), found)
         return Path(resume)
     for path in reversed(found):
         damage = find_damage(path)
@@ -152,6 +151,22 @@ def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
             f"All checkpoints in {folder} are damaged; delete them to begin the run anew."
         )
     return None
+
+
+def _check_named(folder: Path, checkpoint: Path, found: list[Path]) -> None:
+    """Reject a checkpoint to go on from that is damaged, or not the newest of its run."""
+    damage = find_damage(checkpoint)
+    if damage is not None:
+        raise ValueError(
+            f"`training.resume` {checkpoint} is not a complete checkpoint of a run: {damage}. Name "
+            'a folder checkpoint-..., or use "auto".'
+        )
+    newer = [path for path in found if path.name > checkpoint.name]
+    if newer and checkpoint.resolve().parent == folder.resolve():
+        raise ValueError(
+            f"`training.resume` {checkpoint} is older than {newer[-1].name} beside it, which would "
+            "mix with what comes now; name a new `training.output_dir`, or delete the newer ones."
+        )
 
 
 def find_damage(checkpoint: Path) -> str | None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 from accelerate import Accelerator
+from huggingface_hub.errors import StrictDataclassError
 
 from .image_recipe import IMAGE_RECIPES
 from .interruption import TrainingStopped
@@ -48,7 +49,7 @@ def run_recipe(
                 f"`task` of {options.recipe} is {recipe.task!r}, this trains {task!r}."
             )
         Trainer(recipe, open_task).run()
-    except (ValueError, ArithmeticError, OSError, ImportError) as error:
+    except (ValueError, ArithmeticError, OSError, ImportError, StrictDataclassError) as error:
         sys.exit(f"error: {error}")
     except TrainingStopped as stop:
         logger.info("%s", stop)

@@ -145,9 +145,12 @@ class Trainer:
         return figures
 
     def _begin(self) -> None:
+        layout = self._layout()
         if self.checkpoint is not None:
             self.accelerator.load_state(str(self.checkpoint))
+            self._check_layout(layout)
             logger.info("Resumed from %s.", self.checkpoint)
+        self.progress.layout = layout
         self.log.rewind(self.progress.updates, self.progress.seconds)
         start_trackers(self.accelerator, self.recipe)
         self.bar = ProgressBar(
@@ -156,6 +159,38 @@ class Trainer:
         if self.accelerator.is_main_process:
             recipe = yaml.safe_dump(dataclasses.asdict(self.recipe), sort_keys=False)
             (self.output_dir / "recipe.yaml").write_text(recipe)
+
+    def _layout(self) -> dict[str, Any]:
+        """What decides which images a batch holds."""
+        data, settings = self.recipe.data, self.settings
+        layout: dict[str, Any] = {
+            "processes": self.accelerator.num_processes,
+            "training.batch_size": settings.batch_size,
+            "training.gradient_accumulation_steps": settings.gradient_accumulation_steps,
+            "training.seed": settings.seed,
+            "data.path": data.path,
+        }
+        if data.streaming:
+            layout |= {
+                "data.num_workers": data.num_workers,
+                "data.shuffle_buffer": data.shuffle_buffer,
+            }
+        return layout
+
+    def _check_layout(self, layout: dict[str, Any]) -> None:
+        """Compare with the checkpoint's: within an epoch, images would be lost and doubled."""
+        # Earlier checkpoints have none.
+        for name, former in self.progress.layout.items():
+            value = layout.get(name)
+            if value == former:
+                continue
+            if self.progress.batches:
+                raise ValueError(
+                    f"{self.checkpoint} was saved within an epoch, with `{name}` {former}; with "
+                    f"{value} images would be lost and others come twice. Go on with {former}, or "
+                    "begin in a new `training.output_dir`."
+                )
+            logger.warning("`%s` was %s until now and is %s.", name, former, value)
 
     def _is_due(self, epochs: float) -> bool:
         """Tell whether something done every so many epochs is due after this update."""
@@ -247,8 +282,8 @@ class Trainer:
             f"Loss or gradient is not finite after update {self.progress.updates} ({entries}), "
             f"with the images {', '.join(images) or 'without names'} on process "
             f"{self.accelerator.process_index}. "
-            "Lower `training.learning_rate` or `training.gradient_clip_norm`, check the images, "
-            "or use `training.mixed_precision=no`; the last checkpoint is as it was."
+            "Lower `training.learning_rate`, clip gradients more, check the images, or use "
+            "`training.mixed_precision=no`; the last checkpoint is as it was."
         )
 
     def _is_patience_over(self) -> bool:
@@ -262,25 +297,30 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, Any]:
         """Evaluate, and keep the best model."""
-        figures = self.task.evaluate(self._evaluated_model())
+        figures = self.task.evaluate(self._evaluated_model(), self.progress)
         if self.accelerator.is_main_process:
             flat = {name: value for name, value in figures.items() if name != "details"}
             self.log.write("validation", self.progress.updates, self._epoch(), flat)
             logger.info("Update %d: %s", self.progress.updates, flat)
             draw_training_curves(self.log.path, self.output_dir / "curves.png")
         name = self.settings.best_figure or self.task.best_figure
-        if name not in figures:
-            known = ", ".join(key for key in figures if key != "details")
+        ranked = figures.keys() - {"details", *self.task.unranked_figures}
+        if name not in ranked:
+            known = ", ".join(key for key in figures if key in ranked)
             raise ValueError(f"`training.best_figure` must be one of {known}, got {name!r}.")
-        self._keep_best(figures[name])
+        self._keep_best(name, figures)
         return figures
 
-    def _keep_best(self, figure: float | None) -> None:
-        best = self.progress.best
-        if figure is None or (best is not None and figure <= best):
+    def _keep_best(self, name: str, figures: dict[str, Any]) -> None:
+        figure, best = figures[name], self.progress.best
+        if figure is None:
+            return
+        if best is not None and figure <= best:
             self.progress.evaluations_since_best += 1
             return
         self.progress.best, self.progress.evaluations_since_best = figure, 0
+        flat = {key: value for key, value in figures.items() if key != "details"}
+        self.progress.best_record = {"updates": self.progress.updates, "figures": flat}
         self._save_model(self.output_dir / "best")
 
     def _save_model(self, folder: Path) -> None:
@@ -307,6 +347,7 @@ class Trainer:
         batch_size = self.settings.batch_size * self.settings.gradient_accumulation_steps
         record = {
             "figures": figures,
+            "best": self.progress.best_record,
             "updates": self.progress.updates,
             "images_seen": self.progress.updates * batch_size * self.accelerator.num_processes,
             "training_minutes": round(self.log.seconds / 60, 1),

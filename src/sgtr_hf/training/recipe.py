@@ -336,6 +336,9 @@ def _checked(hint: Any, value: Any, name: str) -> Any:
         if not isinstance(value, dict):
             raise ValueError(f"`{name}` must be a section with entries, got {value!r}.")
         return _build(hint, value, prefix=f"{name}.")
+    if value is False and not _fits(hint, value) and _fits(hint, "no"):
+        # What YAML makes of a plain no.
+        return "no"
     if not _fits(hint, value):
         remedy = " YAML reads 1e-4 as text; write 1.0e-4." if _looks_like_number(value) else ""
         raise ValueError(f"`{name}` must be {_describe(hint)}, got {value!r}.{remedy}")

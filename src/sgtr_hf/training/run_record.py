@@ -36,18 +36,21 @@ def find_commit() -> str | None:
 
     "-dirty" follows it if tracked files have been changed.
     """
-    command = ("git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
+    here = Path(__file__)
     try:
-        found = subprocess.run(
-            command,
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=20,
+        # An environment may lie within the checkout of something else.
+        _git("ls-files", "--error-unmatch", here.name, folder=here.parent)
+        return _git(
+            "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*", folder=here.parent
         )
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _git(*arguments: str, folder: Path) -> str:
+    found = subprocess.run(
+        ("git", *arguments), cwd=folder, capture_output=True, text=True, check=True, timeout=20
+    )
     return found.stdout.strip()
 
 

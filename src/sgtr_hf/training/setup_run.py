@@ -172,14 +172,38 @@ def _load_pretrained_model(
         kind, given = scene_graph_class, {"id2label": id2label, "id2predicate": id2predicate}
     check_fields("model", recipe.model, kind.config_class, given=tuple(given))
     trained = kind.config_class.from_pretrained(source)
-    fields = trained.to_dict() | _resolve_backbone("model", recipe.model) | given
+    changes = _resolve_backbone("model", recipe.model)
+    if "detector_config" in changes:
+        section = "model.detector_config"
+        check_fields(section, changes["detector_config"], SgtrDetrConfig, given=("id2label",))
+        detector = _resolve_backbone(section, changes["detector_config"])
+        # What it does not name stays as it was trained.
+        changes = changes | {"detector_config": trained.detector_config.to_dict() | detector}
+    fields = trained.to_dict() | changes | given
     if getattr(trained, "id2predicate", id2predicate) != id2predicate:
         # Those of the data, if any: the trained model's are of other predicates.
         fields["predicate_frequencies"] = recipe.model.get("predicate_frequencies")
     config = make_config(kind.config_class, fields)
-    return kind.from_pretrained(
-        source, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
+    model, report = kind.from_pretrained(
+        source,
+        config=config,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
     )
+    _check_mismatches(source, report["mismatched_keys"])
+    return model
+
+
+def _check_mismatches(source: str, mismatched: Collection[tuple[str, Any, Any]]) -> None:
+    """Let only what depends on the number of classes begin anew."""
+    for name, found, wanted in mismatched:
+        # Class heads and label embeddings have as many rows as there are classes or predicates.
+        if tuple(found)[1:] != tuple(wanted)[1:] or len(found) > 2:  # noqa: PLR2004 - a matrix
+            raise ValueError(
+                f"`pretrained_model` {source} has `{name}` of shape {tuple(found)}, the recipe's "
+                f"`model` {tuple(wanted)}; leave out the entry that changes it."
+            )
 
 
 def _make_scene_graph_config(
@@ -241,7 +265,13 @@ def _resolve_backbone(section: str, fields: dict[str, Any]) -> dict[str, Any]:
             f"`{section}.backbone_config` must name its `model_type`, as in timm_backbone or "
             "resnet."
         )
-    return fields | {"backbone_config": AutoConfig.for_model(model_type, **entries)}
+    resolved = AutoConfig.for_model(model_type, **entries)
+    own = getattr(resolved, "__dataclass_fields__", {})
+    # What timm takes depends on the model.
+    if own and model_type != "timm_backbone":
+        known = {*own, *resolved.attribute_map, "out_features", "out_indices"}
+        check_names(f"{section}.backbone_config", entries, known)
+    return fields | {"backbone_config": resolved}
 
 
 def _load_backbone_weights(recipe: Recipe, detector: SgtrDetrForObjectDetection) -> None:

@@ -49,8 +49,8 @@ def draw_class_attention(
             axes.imshow(overlay_heat(image, heat))
         else:
             axes.imshow(_keep_marked(image, patches))
-            outline = np.pad(_enlarge(patches, image.size), 1).astype(float)
-            axes.contour(outline[1:-1, 1:-1], levels=[0.5], colors="orange", linewidths=1)
+            outline = _enlarge(patches, image.size).astype(float)
+            axes.contour(outline, levels=[0.5], colors="orange", linewidths=1)
     return render(figure)
 
 

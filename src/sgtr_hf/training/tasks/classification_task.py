@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ...data.training_pictures import ChangedPicture
 from ...modeling.modeling_dino_vit import DinoVitForImageClassification
 from ...self_supervision.feature_extraction import extract_features
-from ...self_supervision.image_preparation import ProcessorPreparation
+from ...self_supervision.image_preparation import ProcessorPreparation, seen_size
 from ..checkpoints import Progress
 from ..image_recipe import ClassificationRecipe
 from ..recipe import Recipe
@@ -32,6 +32,7 @@ class ClassificationTask(PictureTask):
     """
 
     best_figure = "top1"
+    unranked_figures = ("loss", "num_images")
     model_class = DinoVitForImageClassification
 
     def __init__(self, recipe: Recipe, accelerator: Accelerator) -> None:
@@ -66,11 +67,10 @@ class ClassificationTask(PictureTask):
 
     def training_loader(self, model: PreTrainedModel) -> Any:  # noqa: ARG002
         """Read images as random crops of the size that the image processor gives."""
-        size = self.image_processor.crop_size
         change = v2.Compose(
             [
                 v2.RandomResizedCrop(
-                    (size["height"], size["width"]),
+                    seen_size(self.image_processor),
                     scale=tuple(self.crop_scale),
                     interpolation=v2.InterpolationMode.BICUBIC,
                 ),
@@ -96,7 +96,11 @@ class ClassificationTask(PictureTask):
         return {"loss": loss, "accuracy": accuracy}
 
     @torch.no_grad()
-    def evaluate(self, model: PreTrainedModel) -> dict[str, Any]:
+    def evaluate(
+        self,
+        model: PreTrainedModel,
+        progress: Progress,  # noqa: ARG002
+    ) -> dict[str, Any]:
         """Classify each process's share of the validation split, and add up."""
         model.eval()
         num_classes = len(self.label_names or ())

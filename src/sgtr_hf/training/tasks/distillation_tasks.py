@@ -16,6 +16,7 @@ from ...losses.scene_graph_distillation_loss import (
     scene_graph_distillation_losses,
 )
 from ...modeling.modeling_sgtr import SgtrForSceneGraphGeneration
+from ...self_supervision.image_preparation import seen_size
 from ..checkpoints import Progress
 from ..recipe import Recipe
 from .classification_task import ClassificationTask
@@ -27,7 +28,7 @@ _SEEN = ("size", "do_resize", "do_rescale", "rescale_factor", "image_mean", "ima
          "channel_order")  # fmt: skip
 
 # The training crops of a classifier are of the size of the processor's.
-_SEEN_CLASSIFIED = ("crop_size", "rescale_factor", "image_mean", "image_std")
+_SEEN_CLASSIFIED = ("rescale_factor", "image_mean", "image_std")
 
 
 class DistilledSceneGraphTask(SceneGraphTask):
@@ -82,7 +83,8 @@ class DistilledClassificationTask(ClassificationTask):
     """Trains a classifier on annotations and on the distributions of a larger one.
 
     Args:
-        recipe: With a teacher: any image classifier of transformers.
+        recipe: With a teacher: any image classifier of transformers whose image processor makes
+            pictures of one size.
         accelerator: Knows device and processes.
 
     Raises:
@@ -97,6 +99,12 @@ class DistilledClassificationTask(ClassificationTask):
         if not (recipe.image_processor or recipe.pretrained_model):
             self.image_processor = processor
         check_same_view(self.image_processor, processor, _SEEN_CLASSIFIED)
+        own, wanted = seen_size(self.image_processor), seen_size(processor)
+        if own != wanted:
+            raise ValueError(
+                "Teacher and student look at the same pixels; `image_processor` must make pictures "
+                f"of {wanted} pixels, as the teacher's, got {own}."
+            )
 
     def make_model(self) -> PreTrainedModel:
         """Build the student."""

@@ -46,6 +46,13 @@ class PictureTask(TrainingTask):
         self.data = data
         self.image_processor = _make_image_processor(recipe)
         self.pictures = self._open(data.train_split, streaming=data.streaming)
+        if data.streaming:
+            if not isinstance(self.pictures, PictureStream):
+                raise ValueError(
+                    f"`data.streaming` is for rows of data sets; `data.path` {data.path} holds "
+                    "image files, which are read one by one in any case. Set it to false."
+                )
+            self.pictures.on_error = data.on_error
         self.validation = self.pictures
         if data.validation_split is not None:
             self.validation = self._open(data.validation_split)
@@ -71,12 +78,40 @@ class PictureTask(TrainingTask):
             ) from error
         config = make_config(DinoVitConfig, trained | recipe.model | given)
         # Weights are trained in float32, whatever they were stored in.
-        return kind.from_pretrained(
+        model, report = kind.from_pretrained(
             recipe.pretrained_model,
             config=config,
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
+        for name, found, wanted in report["mismatched_keys"]:
+            # A classifier of other classes starts anew; anything else would lose what was learned.
+            if not name.startswith("classifier."):
+                raise ValueError(
+                    f"`pretrained_model` {recipe.pretrained_model} has `{name}` of shape "
+                    f"{tuple(found)}, the recipe's `model` {tuple(wanted)}; leave out what changes "
+                    "it (pictures may have another size than `model.image_size`)."
+                )
+        self.complete(model, set(report["missing_keys"]))
+        return model
+
+    def complete(
+        self,
+        model: PreTrainedModel,  # noqa: ARG002 - for tasks with a second network
+        missing: set[str],
+    ) -> None:
+        """Fill what the loaded weights lack, by names; a new classifier may stay random.
+
+        Raises:
+            ValueError: If they are not of such a model.
+        """
+        lacking = sorted(name for name in missing if name.startswith("model."))
+        if lacking:
+            raise ValueError(
+                f"`pretrained_model` {self.recipe.pretrained_model} lacks {len(lacking)} weights "
+                f"of a vision transformer, {lacking[0]} among them."
+            )
 
     def load_training_pictures(
         self,
@@ -103,7 +138,7 @@ class PictureTask(TrainingTask):
             )
         pictures: Dataset[Picture] = self.pictures
         if data.cache_images:
-            self.pictures = pictures = DecodedPictures(pictures)
+            self.pictures = pictures = DecodedPictures(pictures, data.on_error)
         self.train_images = TrainingPictures(pictures, change, seed, data.on_error)
         loader = make_loader(
             self.train_images, self.settings, collate, num_workers=data.num_workers, shuffle=True
@@ -118,11 +153,12 @@ class PictureTask(TrainingTask):
         """Name the images of a batch in an error."""
         return list(batch["names"])
 
-    def share_of(self, pictures: Any) -> Subset[Picture]:
+    def share_of(self, pictures: Any) -> Any:
         """Return the pictures that this process evaluates."""
-        accelerator = self.accelerator
-        share = range(accelerator.process_index, len(pictures), accelerator.num_processes)
-        return Subset(pictures, list(share))
+        rank, num_processes = self.accelerator.process_index, self.accelerator.num_processes
+        if isinstance(pictures, PictureStream):
+            return pictures.share(rank, num_processes)
+        return Subset(pictures, list(range(rank, len(pictures), num_processes)))
 
     def _open(self, split: str | None, *, streaming: bool = False) -> Any:
         data = self.data

@@ -13,6 +13,7 @@ from ...metrics.frequency_baseline import FrequencyBaseline
 from ...modeling.modeling_sgtr import SgtrForSceneGraphGeneration
 from ...modeling.modeling_sgtr_detr import SgtrDetrForObjectDetection
 from ..batch_loaders import make_loader, make_stream_loader
+from ..checkpoints import Progress
 from ..detector_cache import CachedDetectorDataset, collate_cached
 from ..evaluation import Evaluator, evaluate
 from ..recipe import Recipe
@@ -82,7 +83,11 @@ class DetectionTask(TrainingTask):
         """Name the images of a batch."""
         return [str(label["image_id"]) for label in batch["labels"]]
 
-    def evaluate(self, model: PreTrainedModel) -> dict[str, Any]:
+    def evaluate(
+        self,
+        model: PreTrainedModel,
+        progress: Progress,  # noqa: ARG002
+    ) -> dict[str, Any]:
         """Evaluate each process's share of the validation split, and gather."""
         validation = self.splits.validation
         shares = range(

@@ -13,7 +13,7 @@ from torch.utils.data import Subset
 from transformers import PreTrainedModel
 
 from ...data.picture_source import PictureStream
-from ...data.training_pictures import ChangedPicture
+from ...data.training_pictures import ChangedPicture, ReadablePictures
 from ...image_processing.batched_crops import BatchedMultiCrop, CropDraws
 from ...image_processing.multi_crop import MultiCrop
 from ...modeling.modeling_dino_pretraining import DinoVitForPreTraining
@@ -52,6 +52,7 @@ class SelfDistillationTask(PictureTask):
 
     # Without classes there is none, and the last model is the one to take.
     best_figure = "knn_top1"
+    unranked_figures = ("teacher_entropy", "mean_entropy")
     model_class = DinoVitForPreTraining
 
     def __init__(self, recipe: Recipe, accelerator: Accelerator) -> None:
@@ -63,10 +64,9 @@ class SelfDistillationTask(PictureTask):
         super().__init__(recipe, accelerator, recipe.data)
         self.crops, self.training = recipe.data.crops, recipe.training
         self.num_bank_images = recipe.data.neighbour_images
-        self.temperature = recipe.training.warmup_teacher_temperature
+        self.has_classes = self._can_compare_classes()
         # Until then the teacher is as good as random, which looks like a collapse.
         self.may_collapse_from = max(recipe.training.warmup_epochs, 1.0)
-        self._epochs = 0
 
     def make_model(self) -> PreTrainedModel:
         """Build student and teacher."""
@@ -78,6 +78,18 @@ class SelfDistillationTask(PictureTask):
                     f"`data.crops.{name}` must be at least a patch ({least} pixels), got {size}."
                 )
         return model
+
+    def complete(self, model: PreTrainedModel, missing: set[str]) -> None:
+        """Let the student begin as the teacher, where there is only one network."""
+        super().complete(model, missing)
+        if any(name.startswith("student.model.") for name in missing):
+            pretraining = _pretraining(model)
+            pretraining.student.model.load_state_dict(pretraining.model.state_dict())
+            # Neither head was trained; they begin alike, too.
+            pretraining.copy_student()
+            logger.info(
+                "`pretrained_model` holds one network; student and teacher both begin with it."
+            )
 
     def make_optimizer(self, model: PreTrainedModel) -> torch.optim.Optimizer:
         """AdamW on the student; rate and decay come from the schedule."""
@@ -110,11 +122,10 @@ class SelfDistillationTask(PictureTask):
         self, model: torch.nn.Module, batch: dict[str, Any], progress: Progress
     ) -> dict[str, Tensor]:
         """Compare the crops."""
-        self.temperature = self.schedules.temperature(progress.epoch)
         outputs = model(
             batch["pixel_values"],
             batch["local_pixel_values"],
-            teacher_temperature=self.temperature,
+            teacher_temperature=self.schedules.temperature(progress.epoch),
         )
         return {"loss": outputs.loss, "teacher_entropy": outputs.teacher_entropy}
 
@@ -133,17 +144,16 @@ class SelfDistillationTask(PictureTask):
         update = min(progress.updates, len(self.schedules.teacher_momentum)) - 1
         momentum = float(self.schedules.teacher_momentum[update])
         _pretraining(model).update_teacher(momentum)
-        self._epochs = progress.epoch
         return {
             "weight_decay": float(self.schedules.weight_decay[update]),
             "teacher_momentum": momentum,
-            "teacher_temperature": self.temperature,
+            "teacher_temperature": self._last_temperature(progress),
         }
 
-    def evaluate(self, model: PreTrainedModel) -> dict[str, Any]:
+    def evaluate(self, model: PreTrainedModel, progress: Progress) -> dict[str, Any]:
         """Measure the teacher: entropies and, where there are classes, its nearest neighbours."""
         pretraining = _pretraining(model).eval()
-        meter = EntropyMeter(pretraining.center, self.temperature)
+        meter = EntropyMeter(pretraining.center, self._last_temperature(progress))
 
         def compute_and_measure(pixel_values: Tensor) -> Tensor:
             tokens = pretraining.model(pixel_values).pooler_output
@@ -161,25 +171,47 @@ class SelfDistillationTask(PictureTask):
             "entropy_gap": entropies.gap,
         }
         warning = describe_collapse(entropies, self.training.least_entropy_gap)
-        if warning and self._epochs >= self.may_collapse_from:
+        if warning and progress.epoch >= self.may_collapse_from:
             logger.warning("%s", warning)
-        if has_validation and self.validation.label_names is not None:
+        if self.has_classes:
             bank = self._features(
                 self._bank_pictures(), lambda pixels: pretraining.model(pixels).pooler_output
             )
             count = self.training.num_neighbours
-            (accuracy,) = neighbour_accuracy(queries, bank, [count])
+            (accuracy,) = neighbour_accuracy(_classified(queries), _classified(bank), [count])
             figures |= {"knn_top1": accuracy.top1, "knn_top5": accuracy.top5}
         return figures
 
+    def _last_temperature(self, progress: Progress) -> float:
+        """The teacher's temperature in the last update, after which an epoch may have ended."""
+        return self.schedules.temperature(progress.epoch - (progress.batches == 0))
+
+    def _can_compare_classes(self) -> bool:
+        """Tell whether neighbours can be asked for classes; they are not needed to train."""
+        training, validation = self.pictures, self.validation
+        if self.data.validation_split is None or not validation.has_classes:
+            return False
+        if not training.has_classes:
+            logger.warning(
+                "The images of the split %s have no classes, so those of nearest neighbours are "
+                "not measured.",
+                self.data.train_split,
+            )
+            return False
+        if training.label_names != validation.label_names:
+            raise ValueError(
+                f"The splits of `data.path` {self.data.path} must have the same classes, got "
+                f"{training.label_names} and {validation.label_names}."
+            )
+        return True
+
     def _bank_pictures(self) -> Any:
-        """Training images whose classes are known, spread over the split."""
+        """Training images that are searched, spread over the split."""
         if isinstance(self.pictures, PictureStream):
-            rows = self.pictures.rows.take(self.num_bank_images)
-            return list(self.pictures.read(rows))
+            return self.pictures.first(self.num_bank_images)
         step = max(len(self.pictures) // self.num_bank_images, 1)
         indices = range(0, len(self.pictures), step)[: self.num_bank_images]
-        return Subset(self.pictures, list(indices))
+        return Subset(ReadablePictures(self.pictures, self.data.on_error), list(indices))
 
     def _features(self, pictures: Any, compute: Any) -> tuple[Tensor, Tensor]:
         """Compute features and classes of all pictures, each process its share."""
@@ -244,6 +276,12 @@ class BatchedCropCollator(PictureCollator):
             "pixel_values": self.normalize(views),
             "local_pixel_values": self.normalize(local),
         }
+
+
+def _classified(found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Leave out features of pictures without a class."""
+    vectors, labels = found
+    return vectors[labels >= 0], labels[labels >= 0]
 
 
 def _pretraining(model: torch.nn.Module) -> DinoVitForPreTraining:

@@ -34,12 +34,14 @@ class TrainingTask(ABC):
 
     Attributes:
         best_figure: The figure of `evaluate` by which the best model is kept.
+        unranked_figures: Those of which more is not better.
         image_processor: Saved beside the model.
         train_images: What `training_loader` reads; its `epoch` is set before each pass.
         num_images: Images of the training split.
     """
 
     best_figure: ClassVar[str]
+    unranked_figures: ClassVar[tuple[str, ...]] = ()
     image_processor: Any
     train_images: Any
     num_images: int
@@ -110,8 +112,9 @@ class TrainingTask(ABC):
         return {}
 
     @abstractmethod
-    def evaluate(self, model: PreTrainedModel) -> dict[str, Any]:
+    def evaluate(self, model: PreTrainedModel, progress: Progress) -> dict[str, Any]:
         """Return figures by name: flat numbers, and on request `details`.
 
-        Every process calls it, and gets figures of the whole validation split.
+        Every process calls it, and gets figures of the whole validation split. They must depend on
+        model and progress alone: after a resume the last evaluation is made again.
         """
