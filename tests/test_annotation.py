@@ -1,6 +1,7 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -178,6 +179,30 @@ def test_broken_pictures_are_named_and_the_rest_stays(annotator, pictures, tmp_p
     assert [json.loads(line)["image_id"] for line in lines] == ["a", "b"]
 
 
+def test_a_picture_that_cannot_be_resized_takes_no_other_with_it(
+    annotator, pictures, tmp_path, monkeypatch
+):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    Image.new("RGB", (1, 3000)).save(folder / "a.png")
+    (folder / "b.png").write_bytes((pictures / "00.png").read_bytes())
+    made = annotator(tmp_path / "out")
+    processor = sgtr_hf.SgtrImageProcessor(size={"shortest_edge": 48, "longest_edge": 64})
+    monkeypatch.setattr(made, "image_processor", processor)
+    report = made.run(open_corpus(folder, "train", 5))
+    assert (report.annotated, report.broken) == (1, 1)
+    [line] = (tmp_path / "out" / "_broken-00000-00000.jsonl").read_text().splitlines()
+    assert "1 x 3000 pixels is refused" in json.loads(line)["error"]
+
+
+def test_a_file_that_was_deleted_is_made_again(annotator, whole, pictures, tmp_path):
+    corpus = open_corpus(pictures, "train", 3)
+    annotator(tmp_path).run(corpus)
+    (tmp_path / names(tmp_path)[1]).unlink()
+    assert annotator(tmp_path).run(corpus).annotated == 3
+    assert read(tmp_path) == read(whole)
+
+
 @pytest.fixture(scope="module")
 def shards(pictures, tmp_path_factory):
     """The same pictures in two Parquet shards, with their bytes."""
@@ -297,3 +322,21 @@ def test_memory_does_not_grow_with_the_corpus(annotator, pictures, tmp_path):
         peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     # In kilobytes.
     assert peaks[1] - peaks[0] < 30_000
+
+
+def test_output_within_the_pictures_is_refused(pictures, model_folder, capsys):
+    arguments = ["annotate", str(pictures), str(pictures / "out"), "--model", str(model_folder)]
+    assert main(arguments) == 2
+    assert "lies within" in capsys.readouterr().err
+    assert not (pictures / "out").exists()
+
+
+def test_other_parquet_files_or_columns_are_another_corpus(shards, tmp_path):
+    first = open_corpus(shards, "train", 3).fingerprint
+    moved = shutil.copytree(shards, tmp_path / "moved")
+    assert open_corpus(moved, "train", 3).fingerprint == first
+    assert open_corpus(f"{moved}/", "train", 3).fingerprint == first
+    assert open_corpus(moved, "train", 3, id_column="photo").fingerprint != first
+    path = min(moved.glob("*.parquet"))
+    datasets.Dataset.from_parquet(str(path)).select(range(3)).to_parquet(path)
+    assert open_corpus(moved, "train", 3).fingerprint != first

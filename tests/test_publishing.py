@@ -4,10 +4,12 @@ import json
 import shutil
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from httpx2 import ConnectError
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import ResNetConfig
 
 import sgtr_hf
@@ -16,7 +18,7 @@ from sgtr_hf.auto import LocalPipelines
 from sgtr_hf.cli import main
 from sgtr_hf.hub.bundling import bundle_code
 from sgtr_hf.hub.publication_card import MARK, ModelFacts, make_card, read_facts
-from sgtr_hf.hub.publishing import prepare_model
+from sgtr_hf.hub.publishing import prepare_model, upload
 
 
 ASSETS = Path(str(resources.files("sgtr_hf"))) / "assets"
@@ -112,6 +114,50 @@ def test_without_a_report_the_card_has_the_figures_of_the_training(folder):
     text = make_card(read_facts(folder), "somebody/desks", None, EXAMPLE)
     assert "validation split, at the end of training" in text
     assert "| R@20 | 0.1250 |" in text
+
+
+def test_the_card_of_the_best_model_has_its_own_figures(folder):
+    best = {"updates": 300, "figures": {"R@20": 0.25}}
+    record = RECORD | {"updates": 500, "figures": {"R@20": 0.125}}
+    shutil.copytree(folder, folder.parent / "best")
+    for entries, words in ((record | {"best": best}, "0.2500"), (record, "None were measured")):
+        (folder.parent / "training.json").write_text(json.dumps(entries))
+        text = make_card(read_facts(folder.parent / "best"), "somebody/desks", None, EXAMPLE)
+        assert words in text
+        assert "0.1250" not in text
+        assert ("after update 300 of 500" in text) == ("best" in entries)
+
+
+def test_figures_of_an_own_card_give_way_to_a_report(folder):
+    old = EvalResult("object-detection", "x", "x", "x", metric_name="R@20", metric_value=0.9)
+    data = ModelCardData(model_name="desks", eval_results=[old])
+    (folder / "README.md").write_text(f"---\n{data.to_yaml()}\n---\nMine.")
+    report = {"data": "d", "split": "test", "mode": "sgdet", "images": 9, "version": "1.0"}
+    (folder / "evaluation.json").write_text(json.dumps(report | {"figures": {"R@20": 0.5}}))
+    text = make_card(read_facts(folder), "somebody/desks", None, EXAMPLE)
+    assert [result.metric_value for result in ModelCard(text).data.eval_results] == [0.5]
+
+
+@pytest.mark.parametrize("cause", [ConnectError("cut"), ValueError("no")], ids=["passes", "stays"])
+def test_a_large_file_that_did_not_arrive_is_sent_again(tmp_path, monkeypatch, cause):
+    calls = []
+
+    class Api:
+        def create_repo(self, *_, **__):
+            pass
+
+        def upload_folder(self, **_):
+            calls.append(1)
+            if len(calls) == 1:
+                raise RuntimeError("Error while uploading") from cause
+            return SimpleNamespace(commit_url="there")
+
+    monkeypatch.setattr("sgtr_hf.hub.publishing.time.sleep", lambda _: None)
+    if isinstance(cause, ConnectError):
+        assert upload(tmp_path, "a/b", "model", private=True, api=Api()) == "there"
+        return
+    with pytest.raises(OSError, match="was not published"):
+        upload(tmp_path, "a/b", "model", private=True, api=Api())
 
 
 @pytest.mark.parametrize("name", ["evaluation.json", "training.json"])

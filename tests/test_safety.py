@@ -86,6 +86,8 @@ def test_pickled_weights_are_not_opened(checkpoint_folder, tmp_path):
         ("d_model", 2**40, "sgtr_detr"),
         ("num_labels", -1, "sgtr_detr"),
         ("num_hidden_layers", 10**9, "dino_vit"),
+        ("head_layers", 10**7, "dino_vit"),
+        ("head_hidden_dim", 10**7, "dino_vit"),
         ("image_size", 10**9, "dino_vit"),
     ],
     ids=str,

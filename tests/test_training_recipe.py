@@ -164,6 +164,40 @@ def test_a_pretrained_model_goes_on_with_changed_fields(tmp_path, detector_folde
     assert all("class" in name for name in new), new
 
 
+def test_a_pretrained_graph_model_keeps_its_detector(tmp_path, detector_folder):
+    trained = make_model(graph_recipe(tmp_path, detector_folder), LABELS, PREDICATE_NAMES)
+    trained.save_pretrained(tmp_path / "graphs")
+    recipe = make_recipe("data", tmp_path, task="scene_graph")
+    recipe.pretrained_model, recipe.image_processor = str(tmp_path / "graphs"), {}
+    recipe.model = {"detector_config": {"dropout": 0.25}}
+    model = make_model(recipe, LABELS, PREDICATE_NAMES)
+    assert model.config.detector_config.dropout == 0.25
+    assert model.config.detector_config.d_model == trained.config.detector_config.d_model
+    for name, tensor in trained.state_dict().items():
+        assert tensor.equal(model.state_dict()[name]), name
+    recipe.model = {"detector_config": {"num_queris": 3}}
+    with pytest.raises(ValueError, match=r"model\.detector_config\.num_queris"):
+        make_model(recipe, LABELS, PREDICATE_NAMES)
+    # What was trained must not be lost to a changed size.
+    recipe.model = {"detector_config": {"feed_forward_dim": 48}}
+    with pytest.raises(ValueError, match="leave out the entry that changes it"):
+        make_model(recipe, LABELS, PREDICATE_NAMES)
+
+
+def test_wrong_fields_of_a_backbone_are_errors(tmp_path):
+    backbone = {"model_type": "resnet", "hidden_siz": [8, 8]}
+    recipe = make_recipe("data", tmp_path, model={"backbone_config": backbone})
+    with pytest.raises(ValueError, match=r"model\.backbone_config\.hidden_siz"):
+        make_model(recipe, LABELS, {})
+
+
+def test_a_plain_no_is_what_it_says(recipe_file):
+    recipe = load_recipe(recipe_file, ["training.mixed_precision=no"])
+    assert recipe.training.mixed_precision == "no"
+    with pytest.raises(ValueError, match=r"mixed_precision.*True"):
+        load_recipe(recipe_file, ["training.mixed_precision=yes"])
+
+
 def test_all_sections_have_typed_defaults():
     settings = TrainingSettings("run", epochs=1)
     assert settings.mixed_precision == "no"

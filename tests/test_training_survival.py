@@ -172,6 +172,31 @@ def test_a_run_goes_on_from_an_older_checkpoint_and_says_so(data, checkpoints, c
     assert find_damage(checkpoints[2]) is None
 
 
+def test_an_older_checkpoint_is_not_resumed_beside_newer_ones(checkpoints, tmp_path):
+    folder = checkpoints[0].parent
+    with pytest.raises(ValueError, match=r"is older than .*output_dir"):
+        find_checkpoint(folder, str(checkpoints[0]))
+    assert find_checkpoint(folder, str(checkpoints[2])) == checkpoints[2]
+    # Another run may begin with it.
+    assert find_checkpoint(tmp_path / "new", str(checkpoints[0])) == checkpoints[0]
+    # What somebody put beside is no checkpoint of the run.
+    checkpoints[0].rename(folder / "checkpoint-mybackup")
+    assert find_checkpoint(folder, "auto") == checkpoints[2]
+
+
+def test_another_division_into_batches_is_refused_within_an_epoch(data, tmp_path, caplog):
+    train(data, tmp_path, max_steps=2, evaluate_every=100)
+    recipe = make_recipe(data, tmp_path, max_steps=4, evaluate_every=100)
+    recipe.training.batch_size += 1
+    with pytest.raises(ValueError, match=r"within an epoch, with `training\.batch_size` "):
+        Trainer(recipe).run()
+    train(data, tmp_path / "ended", epochs=1, max_steps=None, evaluate_every=100)
+    recipe = make_recipe(data, tmp_path / "ended", epochs=2, max_steps=None, evaluate_every=100)
+    recipe.training.seed += 1
+    Trainer(recipe).run()
+    assert "`training.seed` was" in caplog.text
+
+
 def test_a_run_without_a_complete_checkpoint_is_an_error(checkpoints):
     for path in checkpoints:
         shutil.rmtree(path)

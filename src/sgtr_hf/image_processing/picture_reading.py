@@ -47,6 +47,7 @@ def read_image(source: Any, timeout: float | None = None) -> Image.Image:
             f"A picture must be a path, URL, PIL image, array or tensor, got "
             f"{type(source).__name__}."
         )
+    check_pixels(*source.size)
     try:
         return _upright_rgb(source)
     except (OSError, SyntaxError, ValueError) as error:

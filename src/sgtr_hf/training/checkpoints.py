@@ -161,7 +161,7 @@ def _check_named(folder: Path, checkpoint: Path, found: list[Path]) -> None:
             f"`training.resume` {checkpoint} is not a complete checkpoint of a run: {damage}. Name "
             'a folder checkpoint-..., or use "auto".'
         )
-    newer = [path for path in found if path.name > checkpoint.name]
+    newer = [path for path in found if path.name > checkpoint.name and not find_damage(path)]
     if newer and checkpoint.resolve().parent == folder.resolve():
         raise ValueError(
             f"`training.resume` {checkpoint} is older than {newer[-1].name} beside it, which would "

@@ -32,6 +32,23 @@ def prepare_sharding(accelerator: Accelerator, settings: TrainingSettings) -> No
         }
 
 
+def check_shares(accelerator: Accelerator, num_images: int) -> None:
+    """Reject a validation split of which processes would evaluate different numbers of images.
+
+    Each forward pass gathers weights from all processes, and would wait for ever for one that has
+    no image left.
+
+    Raises:
+        ValueError: If the images do not divide evenly.
+    """
+    if is_sharded(accelerator) and num_images % accelerator.num_processes:
+        raise ValueError(
+            f"The validation split has {num_images} images; with "
+            f"{accelerator.distributed_type.value} their number must be a multiple of the "
+            f"{accelerator.num_processes} processes."
+        )
+
+
 def gather_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor] | None:
     """Return all weights where no process has them; every process must call it."""
     if not is_sharded(accelerator):

@@ -24,6 +24,7 @@ from ..batch_loaders import make_loader, make_stream_loader
 from ..image_recipe import ImageDataSettings
 from ..recipe import Recipe
 from ..setup_run import check_fields, check_names, make_config
+from ..sharding import check_shares
 from .training_task import TrainingTask
 
 
@@ -56,6 +57,7 @@ class PictureTask(TrainingTask):
         self.validation = self.pictures
         if data.validation_split is not None:
             self.validation = self._open(data.validation_split)
+            check_shares(accelerator, len(self.validation))
         self.label_names: list[str] | None = self.pictures.label_names
         self.num_images = data.images_per_epoch or len(self.pictures)
 

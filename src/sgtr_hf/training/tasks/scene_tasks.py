@@ -23,6 +23,7 @@ from ..setup_run import (
     make_splits,
     with_predicate_frequencies,
 )
+from ..sharding import check_shares
 from .training_task import TrainingTask
 
 
@@ -44,6 +45,7 @@ class DetectionTask(TrainingTask):
         super().__init__(recipe, accelerator)
         self.splits = make_splits(recipe.data, self.settings.seed)
         self.num_images = self.splits.train.num_images
+        check_shares(accelerator, len(self.splits.validation))
         self.image_processor = make_image_processor(recipe)
 
     def make_model(self) -> PreTrainedModel:
