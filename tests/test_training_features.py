@@ -1,14 +1,19 @@
 """What a recipe can switch on: clipping, compilation, patience, trackers, the line of progress."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from torch import nn
 
 from sgtr_hf.training.loop import Trainer
 from sgtr_hf.training.optimization import clip_each_gradient
 from sgtr_hf.training.progress_bar import describe
 from sgtr_hf.training.run_log import RunLog
+from sgtr_hf.training.sharding import check_shares
 from sgtr_hf.training.trackers import start_trackers
+from tiny_pictures import classification_recipe, write_picture_rows
 from tiny_training_run import losses_by_update, make_recipe, read_log, train, write_squares
 
 
@@ -69,6 +74,22 @@ def test_patience_ends_a_run(data, tmp_path):
 def test_a_best_figure_must_be_known(data, tmp_path):
     with pytest.raises(ValueError, match=r"best_figure` must be one of AP, AP50.*got 'R@7'"):
         train(data, tmp_path, max_steps=1, best_figure="R@7")
+
+
+def test_a_figure_of_which_less_is_better_keeps_no_model(tmp_path):
+    data = write_picture_rows(tmp_path / "data")
+    recipe = classification_recipe(data, tmp_path / "run", max_steps=1, best_figure="loss")
+    with pytest.raises(ValueError, match=r"best_figure` must be one of top1, top5, got 'loss'"):
+        Trainer(recipe).run()
+
+
+def test_shares_that_would_hang_are_refused():
+    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, num_processes=4)
+    check_shares(accelerator, 8)
+    with pytest.raises(ValueError, match=r"9 images; with FSDP .*multiple of the 4 processes"):
+        check_shares(accelerator, 9)
+    accelerator.distributed_type = DistributedType.MULTI_CPU
+    check_shares(accelerator, 9)
 
 
 # Dynamo looks at `.grad` of whatever it meets.
