@@ -169,10 +169,11 @@ def test_the_best_model_stays(data, tmp_path):
         model = trainer._evaluated_model()
         for value, figure in ((1.0, 0.3), (2.0, 0.5), (3.0, 0.4), (4.0, None)):
             model.class_head.bias.fill_(value)
-            trainer._keep_best(figure)
+            trainer._keep_best("AP", {"AP": figure, "details": []})
     best = SgtrDetrForObjectDetection.from_pretrained(tmp_path / "best")
     assert best.class_head.bias.unique().tolist() == [2.0]
     assert trainer.progress.best == 0.5
+    assert trainer.progress.best_record == {"updates": 0, "figures": {"AP": 0.5}}
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["best"]
 
 

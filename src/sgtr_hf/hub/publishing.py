@@ -157,8 +157,7 @@ def upload(
         try:
             return send()
         except (HfHubHTTPError, httpx2.TransportError, RuntimeError) as error:
-            # huggingface_hub wraps what happens to a large file.
-            if not _may_pass(error.__cause__ or error) or attempt == _ATTEMPTS:
+            if not _may_pass(error) or attempt == _ATTEMPTS:
                 raise OSError(f"{repo_id} was not published: {error}") from error
             wait = _FIRST_WAIT_SECONDS * 2 ** (attempt - 1)
             logger.warning("The upload was interrupted (%s); again in %g s.", error, wait)
@@ -166,7 +165,10 @@ def upload(
         attempt += 1
 
 
-def _may_pass(error: BaseException) -> bool:
+def _may_pass(error: BaseException | None) -> bool:
+    if isinstance(error, RuntimeError):
+        # What huggingface_hub makes of an error while it sends a large file.
+        error = error.__cause__
     if not isinstance(error, (HfHubHTTPError, httpx2.TransportError)):
         return False
     response: Any = getattr(error, "response", None)
