@@ -179,7 +179,7 @@ def test_a_pretrained_graph_model_keeps_its_detector(tmp_path, detector_folder):
     with pytest.raises(ValueError, match=r"model\.detector_config\.num_queris"):
         make_model(recipe, LABELS, PREDICATE_NAMES)
     # What was trained must not be lost to a changed size.
-    recipe.model = {"detector_config": {"feed_forward_dim": 48}}
+    recipe.model = {"detector_config": {"feed_forward_dim": 52}}
     with pytest.raises(ValueError, match="leave out the entry that changes it"):
         make_model(recipe, LABELS, PREDICATE_NAMES)
 
