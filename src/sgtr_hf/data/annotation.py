@@ -33,7 +33,6 @@ _UNREADABLE = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
-_BROKEN = (OSError, SyntaxError, ValueError, TypeError)
 # Batches that a worker may be ahead of the model.
 _AHEAD = 2
 
@@ -113,19 +112,22 @@ class _Reader(Dataset[_Batch]):
             try:
                 pictures.append(_decode(image))
                 readable.append(image)
-            except _BROKEN as error:
+            except (OSError, SyntaxError, ValueError, TypeError) as error:
                 errors.append((image.image_id, str(error)))
         try:
             features = self._prepare(pictures)
-        except _BROKEN:
-            # Of a shape that cannot be resized; the others must not be lost with it.
+        except ValueError:
+            # One has a shape that cannot be resized; the others must not be lost with it.
             kept = []
             for image, picture in zip(readable, pictures, strict=True):
                 try:
                     self._prepare([picture])
                     kept.append((image, picture))
-                except _BROKEN as error:
+                except ValueError as error:
                     errors.append((image.image_id, str(error)))
+            if not kept and len(pictures) > 1:
+                # It is the image processor that cannot be.
+                raise
             readable, pictures = [image for image, _ in kept], [picture for _, picture in kept]
             features = self._prepare(pictures)
         sizes = [(picture.height, picture.width) for picture in pictures]
