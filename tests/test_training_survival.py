@@ -9,8 +9,14 @@ import time
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from sgtr_hf.training.checkpoints import find_checkpoint, find_damage, list_checkpoints
+from sgtr_hf.training.checkpoints import (
+    find_checkpoint,
+    find_damage,
+    list_checkpoints,
+    save_model,
+)
 from sgtr_hf.training.command import run_recipe as run_command
 from sgtr_hf.training.loop import Trainer
 from tiny_training_run import (
@@ -195,6 +201,18 @@ def test_another_division_into_batches_is_refused_within_an_epoch(data, tmp_path
     recipe.training.seed += 1
     Trainer(recipe).run()
     assert "`training.seed` was" in caplog.text
+
+
+def test_a_model_that_cannot_be_written_leaves_the_former_one(tmp_path):
+    class Model:
+        def save_pretrained(self, folder):
+            folder.mkdir()
+            raise SafetensorError("No space left on device")
+
+    (tmp_path / "best").mkdir()
+    with pytest.raises(OSError, match=r"The model best could not be written .*No space left"):
+        save_model(Model(), None, tmp_path / "best")
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
 
 def test_a_run_without_a_complete_checkpoint_is_an_error(checkpoints):

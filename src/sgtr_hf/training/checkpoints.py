@@ -76,11 +76,11 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, updates: int, keep: 
     if accelerator.is_main_process:
         shutil.rmtree(unfinished, ignore_errors=True)
     accelerator.wait_for_everyone()
-    with _explained_errors(unfinished, updates):
+    with _explained_errors(unfinished, f"The checkpoint of update {updates}"):
         accelerator.save_state(str(unfinished))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        with _explained_errors(unfinished, updates):
+        with _explained_errors(unfinished, f"The checkpoint of update {updates}"):
             _seal(unfinished)
             shutil.rmtree(target, ignore_errors=True)
             _rename(unfinished, target)
@@ -102,13 +102,17 @@ def save_model(
         image_processor: Saved beside it.
         folder: Where to.
         state: Weights that were gathered from several processes.
+
+    Raises:
+        OSError: If the disk is full, say.
     """
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     former = folder.with_name(f"{folder.name}.former")
     shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished, **({} if state is None else {"state_dict": state}))
-    image_processor.save_pretrained(unfinished)
-    _sync_all(unfinished)
+    with _explained_errors(unfinished, f"The model {folder.name}"):
+        model.save_pretrained(unfinished, **({} if state is None else {"state_dict": state}))
+        image_processor.save_pretrained(unfinished)
+        _sync_all(unfinished)
     shutil.rmtree(former, ignore_errors=True)
     if folder.exists():
         folder.rename(former)
@@ -185,14 +189,14 @@ def find_damage(checkpoint: Path) -> str | None:
 
 
 @contextmanager
-def _explained_errors(unfinished: Path, updates: int) -> Iterator[None]:
+def _explained_errors(unfinished: Path, what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         # torch and safetensors have errors of their own for a disk that is full.
         shutil.rmtree(unfinished, ignore_errors=True)
         raise OSError(
-            f"The checkpoint of update {updates} could not be written to {unfinished.parent}: "
+            f"{what} could not be written to {unfinished.parent}: "
             f"{error}. Free some space; the same command goes on from the newest complete one."
         ) from error
 
