@@ -51,11 +51,7 @@ class ClassificationTask(PictureTask):
                 f"The images of `data.path` {recipe.data.path} have no classes: put them into "
                 "one sub-folder a class, or name the column of ClassLabel in `data.label_column`."
             )
-        if self.validation.label_names != self.label_names:
-            raise ValueError(
-                f"The splits of `data.path` {recipe.data.path} must have the same classes, got "
-                f"{self.label_names} and {self.validation.label_names}."
-            )
+        self.check_same_classes()
 
     def make_model(self) -> PreTrainedModel:
         """Build the classifier; its head starts anew where the number of classes differs."""

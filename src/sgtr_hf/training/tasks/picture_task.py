@@ -155,6 +155,18 @@ class PictureTask(TrainingTask):
         """Name the images of a batch in an error."""
         return list(batch["names"])
 
+    def check_same_classes(self) -> None:
+        """Reject splits whose numbers of classes mean different classes.
+
+        Raises:
+            ValueError: With the names of both.
+        """
+        if self.validation.label_names != self.label_names:
+            raise ValueError(
+                f"The splits of `data.path` {self.data.path} must have the same classes, got "
+                f"{self.label_names} and {self.validation.label_names}."
+            )
+
     def share_of(self, pictures: Any) -> Any:
         """Return the pictures that this process evaluates."""
         rank, num_processes = self.accelerator.process_index, self.accelerator.num_processes

@@ -188,21 +188,16 @@ class SelfDistillationTask(PictureTask):
 
     def _can_compare_classes(self) -> bool:
         """Tell whether neighbours can be asked for classes; they are not needed to train."""
-        training, validation = self.pictures, self.validation
-        if self.data.validation_split is None or not validation.has_classes:
+        if self.data.validation_split is None or not self.validation.has_classes:
             return False
-        if not training.has_classes:
+        if not self.pictures.has_classes:
             logger.warning(
                 "The images of the split %s have no classes, so those of nearest neighbours are "
                 "not measured.",
                 self.data.train_split,
             )
             return False
-        if training.label_names != validation.label_names:
-            raise ValueError(
-                f"The splits of `data.path` {self.data.path} must have the same classes, got "
-                f"{training.label_names} and {validation.label_names}."
-            )
+        self.check_same_classes()
         return True
 
     def _bank_pictures(self) -> Any:
