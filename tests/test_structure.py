@@ -31,6 +31,7 @@ ALLOWED = {
     "scipy",
     "collections",
     "contextlib",
+    "copy",
     "dataclasses",
     "functools",
     "itertools",

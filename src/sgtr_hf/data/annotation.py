@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
 from ..image_processing.picture_reading import read_image
+from ..modeling.batch_norm_folding import FoldedInference
 from .corpus import Corpus, CorpusImage, Shard
 from .prediction_file import PredictionWriter
 
@@ -173,6 +174,7 @@ class Annotator:
         self.model, self.image_processor, self.settings = model, image_processor, settings
         self.output, self.num_workers = output, num_workers
         self._present = 0
+        self._infer = FoldedInference()
 
     def run(
         self, corpus: Corpus, rank: int = 0, num_processes: int = 1, progress: Any = None
@@ -190,6 +192,7 @@ class Annotator:
         """
         self._check_manifest(corpus)
         self._present = 0
+        self._infer = FoldedInference()
         loader = DataLoader(
             _Reader(self.image_processor),
             # Read one after the other, as the workers ask for them.
@@ -292,7 +295,7 @@ class Annotator:
         settings = self.settings
         return list(
             self.image_processor.post_process_scene_graph(
-                self.model(**features),
+                self._infer(self.model, **features),
                 threshold=settings.threshold,
                 top_k=settings.top_k,
                 graph_constraint=settings.graph_constraint,

@@ -17,11 +17,12 @@ def sine_embedding(positions: Tensor, num_features: int, temperature: float) -> 
     Returns:
         (..., K * num_features): the features of the first coordinate, then of the second, ...
     """
-    index = torch.arange(num_features, device=positions.device)
-    wavelengths = temperature ** (2 * (index // 2) / num_features)
+    # A sine and a cosine share each wavelength.
+    pair = torch.arange(num_features // 2, device=positions.device)
+    wavelengths = temperature ** (2 * pair / num_features)
     # float32 whatever the model's dtype: bfloat16 cannot tell neighbouring positions apart.
     angles = positions.float()[..., None] * (2 * math.pi) / wavelengths.float()
-    features = torch.stack((angles[..., 0::2].sin(), angles[..., 1::2].cos()), dim=-1)
+    features = torch.stack((angles.sin(), angles.cos()), dim=-1)
     return features.flatten(-3).to(positions.dtype)
 
 

@@ -162,12 +162,10 @@ class SpatialAwareDecoder(nn.Module):
         )
 
     def _positions(self, anchors: TripletAnchors) -> TripletStates:
-        subject, object_ = self._embed(anchors.subject), self._embed(anchors.object)
-        return TripletStates(
-            predicate=self.predicate_position_head(torch.cat((subject, object_), dim=-1)),
-            subject=self.entity_position_head(subject),
-            object=self.entity_position_head(object_),
-        )
+        embedded = self._embed(torch.stack(anchors))
+        subject, object_ = self.entity_position_head(embedded)
+        predicate = self.predicate_position_head(torch.cat((*embedded,), dim=-1))
+        return TripletStates(predicate, subject, object_)
 
     def _embed(self, boxes: Tensor) -> Tensor:
         temperature = self.config.detector.position_temperature
@@ -186,14 +184,12 @@ def gaussian_bias(anchors: TripletAnchors, cells: Tensor, spread: float) -> Tens
     Returns:
         (B, 1, Q, S) in [`LOWEST_BIAS`, 0], to be added to attention scores.
     """
-    distances = []
-    for boxes in anchors:
-        # An anchor of less than a twentieth of the image still looks at its surroundings.
-        offset = (cells[:, None, :, :2] - boxes[:, :, None, :2]) / boxes[:, :, None, 2:].clamp(
-            min=0.05
-        )
-        distances.append(offset.square().sum(-1) / spread)
-    return -torch.minimum(*distances).clamp(max=-LOWEST_BIAS)[:, None]
+    # (2, B, Q, 1, 2) beside (B, 1, S, 2). An anchor of less than a twentieth of the image still
+    # looks at its surroundings.
+    centres, sides = torch.stack(anchors)[:, :, :, None].split(2, dim=-1)
+    offsets = (cells[:, None, :, :2] - centres) / sides.clamp(min=0.05)
+    distances = offsets.square().sum(-1) / spread
+    return -distances.amin(0).clamp(max=-LOWEST_BIAS)[:, None]
 
 
 def combine_masks(bias: Tensor, mask: Tensor | None) -> Tensor:

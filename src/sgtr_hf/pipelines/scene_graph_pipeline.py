@@ -13,6 +13,7 @@ from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
 from ..boxes import box_xyxy_to_cxcywh
 from ..image_processing.picture_reading import read_image
+from ..modeling.batch_norm_folding import FoldedInference
 from ..scene_graph import SceneGraph
 
 
@@ -67,6 +68,10 @@ class SceneGraphPipeline(Pipeline):
     _load_tokenizer = False
     # Left unset, transformers offers to run code of the repository for it.
     _load_video_processor = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._infer = FoldedInference()
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
         """Return one `SceneGraph` for one picture, and as many as pictures otherwise.
@@ -139,7 +144,7 @@ class SceneGraphPipeline(Pipeline):
     def _forward(self, model_inputs: dict[str, Any]) -> dict[str, Tensor]:
         target_sizes = model_inputs.pop("target_sizes")
         pixel_values = model_inputs.pop("pixel_values").to(self.model.dtype)
-        outputs = self.model(pixel_values, **model_inputs)
+        outputs = self._infer(self.model, pixel_values, **model_inputs)
         fields = {name: outputs[name] for name in _OUTPUT_FIELDS if outputs.get(name) is not None}
         return fields | {"target_sizes": target_sizes}
 
