@@ -10,13 +10,17 @@ import json
 from pathlib import Path
 
 import torch
+from PIL import Image
+from transformers import pipeline
 
-from sgtr_hf import SgtrForSceneGraphGeneration, SgtrImageProcessor
-from sgtr_hf.hub.model_card import write_model_card
+from sgtr_hf import SceneGraph, SgtrForSceneGraphGeneration, SgtrImageProcessor
+from sgtr_hf.hub.model_card import EXAMPLE_DRAWING, EXAMPLE_THRESHOLD, write_model_card
 from sgtr_hf.hub.publication_card import REPORT_NAME
+from sgtr_hf.visualization.scene_graph_drawing import draw_scene_graph
 
 
 MAX_BYTES = 16 * 2**20
+SAMPLE = Path("src/sgtr_hf/assets/tabletop.jpg")
 
 
 def main() -> None:
@@ -55,7 +59,16 @@ def main() -> None:
         report,
         [json.loads((run / "training.json").read_text()) for run in runs],
         model.config,
+        draw_example(options.folder),
     )
+
+
+def draw_example(folder: Path) -> SceneGraph:
+    """Return the graph of the sample picture, and put its drawing beside the weights."""
+    graph = pipeline("scene-graph", model=str(folder))(str(SAMPLE), threshold=EXAMPLE_THRESHOLD)
+    drawing = draw_scene_graph(Image.open(SAMPLE), graph)
+    drawing.convert("RGB").save(folder / EXAMPLE_DRAWING, quality=80)
+    return graph
 
 
 if __name__ == "__main__":

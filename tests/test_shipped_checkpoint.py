@@ -9,6 +9,7 @@ from transformers import pipeline
 
 from sgtr_hf.auto import DEFAULT_CHECKPOINT
 from sgtr_hf.cli import main
+from sgtr_hf.hub.model_card import EXAMPLE_DRAWING, EXAMPLE_THRESHOLD, example_section
 
 
 ASSETS = resources.files("sgtr_hf") / "assets"
@@ -53,8 +54,11 @@ def test_the_demo_command(tmp_path, capsys):
     assert "on - table" in capsys.readouterr().out
 
 
-def test_the_card_says_how_it_came_about():
+def test_the_card_says_how_it_came_about(generate):
     card = (Path(DEFAULT_CHECKPOINT) / "README.md").read_text()
     for words in ("mR@20", "frequency baseline", "ceiling", "seed", "make-tabletop", "minutes"):
         assert words in card
     assert (Path(DEFAULT_CHECKPOINT) / "model.safetensors").stat().st_size < 16 * 2**20
+    # The sample picture's graph in it is what the model finds.
+    assert example_section(generate(PICTURE, threshold=EXAMPLE_THRESHOLD)) in card
+    assert (Path(DEFAULT_CHECKPOINT) / EXAMPLE_DRAWING).is_file()

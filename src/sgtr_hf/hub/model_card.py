@@ -5,8 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from ..configuration.configuration_sgtr import SgtrConfig
+from ..scene_graph import SceneGraph
 
 
+# Of the sample picture in a card: the drawing's file, and the least score of a relation in it.
+EXAMPLE_DRAWING = "graph.jpg"
+EXAMPLE_THRESHOLD = 0.1
 _ROWS = (
     ("detection AP / AP50", "AP", "AP50"),
     ("this model, as emitted: R@20 / mR@20", "R@20", "mR@20"),
@@ -37,11 +41,34 @@ def figures_table(figures: Mapping[str, float | None]) -> str:
     return "\n".join(lines)
 
 
+def example_section(graph: SceneGraph) -> str:
+    """Write what the model makes of the sample picture, which is drawn beside it."""
+    triplets = "\n".join(
+        f"{found.score:.2f}  {found.subject} - {found.predicate} - {found.object}"
+        for found in graph.triplets()
+    )
+    return f"""```python
+import sgtr_hf
+from transformers import pipeline
+
+graph = pipeline("scene-graph")("tabletop.jpg", threshold={EXAMPLE_THRESHOLD})
+for found in graph.triplets():
+    print(f"{{found.score:.2f}}  {{found.subject}} - {{found.predicate}} - {{found.object}}")
+```
+
+```
+{triplets}
+```
+
+![The sample picture and its scene graph]({EXAMPLE_DRAWING})"""
+
+
 def write_model_card(
     path: Path,
     report: Mapping[str, Any],
     trainings: Sequence[Mapping[str, Any]],
     config: SgtrConfig,
+    graph: SceneGraph,
 ) -> None:
     """Write the card of a tabletop checkpoint.
 
@@ -50,6 +77,7 @@ def write_model_card(
         report: JSON of `evaluate_model.py`.
         trainings: Records of the runs (`training.json`), in their order.
         config: Of the model.
+        graph: Of the sample picture, with relations of at least `EXAMPLE_THRESHOLD`.
     """
     runs = "\n".join(
         f"| {_recipe_name(training)} | {training['images_seen']} | "
@@ -77,12 +105,7 @@ The small scene graph model that ships with `sgtr_hf`: it finds twelve kinds of 
 and toys in rendered tabletop scenes, and ten relations between them. It shows what the package
 does; it knows nothing of photographs of other things.
 
-```python
-import sgtr_hf
-from transformers import pipeline
-
-graph = pipeline("scene-graph")("tabletop.jpg")
-```
+{example_section(graph)}
 
 Data: `sgtr-hf make-tabletop datasets/tabletop --images 10000 --seed 0` (10,000 training, 500
 validation and 500 test scenes of different seeds). The backbone started from the ImageNet weights
