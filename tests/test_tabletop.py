@@ -62,6 +62,16 @@ def test_a_thing_under_a_table():
     assert relations_of([TABLE, place("ball", (0, 0, 0.3), (0.3, 0.3, 0.3))]) == [(1, "under", 0)]
 
 
+def test_a_table_over_a_box_is_not_inside_it():
+    objects = [TABLE, place("box", (0, 0, 0.5), (0.6, 0.6, 0.5))]
+    assert relations_of(objects) == [(1, "under", 0)]
+
+
+def test_nothing_that_touches_a_table_carries_it():
+    objects = [place("table", (0, 0, 1), (2, 1.5, 1), support=1), place("book", (2.5, 0, 0.1))]
+    assert relations_of(objects) == []
+
+
 def test_a_thing_inside_a_box_is_not_on_it():
     objects = [place("box", (0, 0, 0.5), (1, 1, 0.5)), place("duck", (0, 0, 0.4), support=0)]
     assert relations_of(objects) == [(1, "inside", 0)]
@@ -137,3 +147,11 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path):
         make_tabletop(tmp_path / "one", images=1)
     with pytest.raises(ValueError, match="images"):
         make_tabletop(tmp_path / "three", images=0)
+    with pytest.raises(ValueError, match="`seed` must be 0 or more, got -1"):
+        make_tabletop(tmp_path / "three", images=1, seed=-1)
+    assert not (tmp_path / "three").exists()
+    with pytest.raises(ValueError, match="is a file"):
+        make_tabletop(tmp_path / "one" / "README.md", images=1)
+    card = (tmp_path / "one" / "README.md").read_text()
+    for option in ("--images 6", "--validation-images 1", "--test-images 1", "--image-size 96"):
+        assert option in card

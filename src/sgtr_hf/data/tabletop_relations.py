@@ -114,6 +114,9 @@ def _physical_relation(
 ) -> tuple[int, int, str] | None:
     """What holds an object: a container, a thing it leans on, a carrier, or a roof above it."""
     entity = objects[index]
+    if entity.name == "table":
+        # It stands on the floor, whatever pushes its legs.
+        return None
     found: tuple[int, int, str] | None = None
     rest = int(contacts.sideways[index].argmax())
     is_tilted = LEANING_TILT[0] < entity.tilt < LEANING_TILT[1]
@@ -137,6 +140,9 @@ def _footprint(entity: PlacedObject) -> float:
 
 def _holder(objects: list[PlacedObject], index: int) -> int:
     """The open box whose room holds the object's centre, or FLOOR."""
+    if objects[index].name == "table":
+        # The centre of a table is empty, and a box under it may be there.
+        return FLOOR
     for other, container in enumerate(objects):
         if other == index or container.name != "box":
             continue

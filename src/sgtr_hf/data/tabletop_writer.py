@@ -58,7 +58,11 @@ def make_tabletop(
     counts = dict(zip(SPLITS, (images, validation_images, test_images), strict=True))
     if images < 1 or min(counts.values()) < 0:
         raise ValueError(f"`images` must be at least 1 and no split negative, got {counts}.")
+    if seed < 0:
+        raise ValueError(f"`seed` must be 0 or more, got {seed}.")
     output = Path(output)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"`output` must be a folder, but {output} is a file; name another.")
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"`output` must be an empty folder, but {output} has files; name another.")
     output.mkdir(parents=True, exist_ok=True)
@@ -173,8 +177,14 @@ Rendered scenes of toys and household things on, under and around a small table,
 generation: every relation follows from the geometry of the scene and can be seen in the picture.
 Bodies are dropped and settled by a physics engine and seen by its software renderer.
 
-Made by `sgtr-hf make-tabletop OUTPUT --images {counts["train"]} --seed {seed}`; the same command
-gives the same bytes. Images: {counts["train"]} training, {counts["validation"]} validation,
+Made by
+
+```
+sgtr-hf make-tabletop OUTPUT --images {counts["train"]} --validation-images {counts["validation"]} \\
+    --test-images {counts["test"]} --seed {seed} --image-size {image_size}
+```
+
+The same command gives the same bytes on the same kind of machine. Images: {counts["train"]} training, {counts["validation"]} validation,
 {counts["test"]} test, {image_size} x {image_size} pixels, no scene in two splits.
 
 Of the training split: {statistics.entities / statistics.images:.2f} entities and
