@@ -180,12 +180,12 @@ Bodies are dropped and settled by a physics engine and seen by its software rend
 Made by
 
 ```
-sgtr-hf make-tabletop OUTPUT --images {counts["train"]} --validation-images {counts["validation"]} \\
-    --test-images {counts["test"]} --seed {seed} --image-size {image_size}
+sgtr-hf make-tabletop OUTPUT --images {counts["train"]} \\
+    --validation-images {counts["validation"]} --test-images {counts["test"]} \\
+    --seed {seed} --image-size {image_size}
 ```
 
-The same command gives the same bytes on the same kind of machine. Images: {counts["train"]} training, {counts["validation"]} validation,
-{counts["test"]} test, {image_size} x {image_size} pixels, no scene in two splits.
+The same command gives the same bytes on the same kind of machine. No scene is in two splits.
 
 Of the training split: {statistics.entities / statistics.images:.2f} entities and
 {relations / statistics.images:.2f} relations an image.

@@ -82,7 +82,8 @@ class Trainer:
     def _prepare(self) -> None:
         model = self.task.make_model()
         if self.settings.gradient_checkpointing:
-            model.activation_checkpointing_enable()
+            # The older name is all that transformers 5.20 has, and a warning since 5.21.
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         self.average: AveragedModel | None = None
         if self.settings.ema_decay > 0:
             self.average = AveragedModel(
