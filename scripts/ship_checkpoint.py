@@ -38,8 +38,7 @@ def main() -> None:
     )
     options = parser.parse_args()
 
-    # Loaded first and rounded then: `dtype` would leave the timm backbone as it is.
-    model = SgtrForSceneGraphGeneration.from_pretrained(options.run / "final").to(torch.float16)
+    model = SgtrForSceneGraphGeneration.from_pretrained(options.run / "final", dtype=torch.float16)
     model.save_pretrained(options.folder)
     config_file = options.folder / "config.json"
     config = json.loads(config_file.read_text())

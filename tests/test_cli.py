@@ -1,6 +1,10 @@
 import json
+import socket
 
+import numpy as np
 import pytest
+from PIL import Image
+from transformers import BertConfig
 
 from sgtr_hf.cli import main
 from test_pipeline import make_picture
@@ -31,7 +35,46 @@ def test_one_broken_file_loses_no_other(checkpoint_folder, picture, tmp_path, ca
     output = tmp_path / "graphs.json"
     assert predict(checkpoint_folder, broken, picture, "--output", output) == 2
     assert "broken.png" in capsys.readouterr().err
-    assert json.loads(output.read_text())["image"]["width"] == 120
+    # A dictionary, as for any two pictures.
+    assert json.loads(output.read_text())[str(picture)]["image"]["width"] == 120
+
+
+def test_an_address_that_is_not_there_loses_no_picture(
+    checkpoint_folder, picture, tmp_path, capsys
+):
+    output = tmp_path / "graphs.json"
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{server.getsockname()[1]}/x.jpg"
+        assert predict(checkpoint_folder, picture, address, "--output", output) == 2
+    assert address in capsys.readouterr().err
+    assert list(json.loads(output.read_text())) == [str(picture)]
+
+
+def test_drawings_of_pictures_of_one_name_have_their_own_files(checkpoint_folder, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        make_picture().save(tmp_path / folder / "x.png")
+    pictures = [tmp_path / "a" / "x.png", tmp_path / "b" / "x.png"]
+    assert predict(checkpoint_folder, *pictures, "--draw", tmp_path / "d.png") == 0
+    assert sorted(path.name for path in tmp_path.glob("d*")) == ["d-x-2.png", "d-x.png"]
+
+
+def test_a_deep_picture_is_drawn_as_the_model_sees_it(checkpoint_folder, tmp_path, monkeypatch):
+    levels = np.linspace(0, 65535, 120 * 80).reshape(80, 120).astype(np.uint16)
+    Image.fromarray(levels).save(tmp_path / "deep.png")
+    drawn = []
+    monkeypatch.setattr("sgtr_hf.cli._draw", lambda picture, *_: drawn.append(picture))
+    assert predict(checkpoint_folder, tmp_path / "deep.png", "--draw", tmp_path / "d.png") == 0
+    assert 100 < np.asarray(drawn[0]).mean() < 155
+
+
+def test_another_model_is_refused_in_one_line(picture, tmp_path, capsys):
+    BertConfig().save_pretrained(tmp_path / "bert")
+    assert main(["predict", str(picture), "--model", str(tmp_path / "bert")]) == 2
+    error = capsys.readouterr().err
+    assert "type bert" in error
+    assert "Traceback" not in error
 
 
 def test_a_folder_of_pictures(checkpoint_folder, tmp_path):
@@ -52,6 +95,7 @@ def test_a_folder_of_pictures(checkpoint_folder, tmp_path):
         (["predict", "PICTURE", "--model", "EMPTY"], "config.json"),
         (["predict", "PICTURE", "--output", "missing/graph.json"], "does not exist"),
         (["predict", "PICTURE", "--draw", "graph.xyz"], "graph.xyz"),
+        (["predict", "PICTURE", "--output", "EMPTY"], "is a folder"),
     ],
 )
 def test_mistakes_are_told_without_a_traceback(arguments, words, picture, tmp_path, capsys):

@@ -1,6 +1,9 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 from transformers import (
     AutoConfig,
@@ -44,6 +47,7 @@ def test_one_picture_in_every_form(generate, tmp_path):
     assert expected.image_size == (80, 120)
     assert expected.id2predicate == {0: "on", 1: "inside"}
     assert generate(str(tmp_path / "picture.png")) == expected
+    assert generate(tmp_path / "picture.png") == expected
     assert generate(np.asarray(picture)) == expected
 
 
@@ -53,7 +57,12 @@ def test_many_pictures(generate):
     assert generate(pictures) == expected
     assert generate(tuple(pictures)) == expected
     assert list(generate(picture for picture in pictures)) == expected
+    assert list(generate(iter(pictures))) == expected
+    assert generate([]) == []
     rows = [{"image": picture} for picture in pictures]
+    assert list(generate(Dataset.from_list(rows)["image"])) == expected
+    with pytest.raises(ValueError, match=r'dataset\["image"\]'):
+        list(generate(Dataset.from_list([row | {"name": "x"} for row in rows])))
     assert list(generate(KeyDataset(rows, "image"))) == expected
 
 
@@ -103,3 +112,29 @@ def test_nan_in_the_weights_is_a_clear_error(checkpoint_folder):
     generate.model.predicate_head.weight.data.fill_(torch.nan)
     with pytest.raises(ValueError, match="NaN"):
         generate(make_picture())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"labels": ["cup"]}, ValueError, "`boxes`"),
+        ({"boxes": [[0, 0, 9, 9]], "labels": "cup"}, TypeError, "list of names"),
+        ({"boxes": [[0, 0, 9, 9]], "labels": 5}, TypeError, "list of names"),
+        ({"boxes": [[0, 0, 9, 9]], "labels": [None]}, TypeError, "whole numbers"),
+        ({"boxes": [[0, 0, 9, 9]], "labels": [1.7]}, TypeError, "whole numbers"),
+        ({"boxes": [[0, 0, 9, 9]], "labels": [True]}, TypeError, "whole numbers"),
+        ({"boxes": [[0, 0, 9, 9]], "labels": ["dog"]}, ValueError, "'dog'"),
+        ({"boxes": "x"}, ValueError, "four numbers"),
+    ],
+)
+def test_given_entities_are_checked(generate, arguments, error, words):
+    with pytest.raises(error, match=words):
+        generate(make_picture(), **arguments)
+
+
+def test_a_damaged_file_of_weights_is_a_clear_error(checkpoint_folder, tmp_path):
+    folder = shutil.copytree(checkpoint_folder, tmp_path / "model")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="damaged or cut off"):
+        sgtr_hf.SgtrForSceneGraphGeneration.from_pretrained(folder)

@@ -29,6 +29,16 @@ def test_the_default_model_is_the_one_that_ships(generate):
     assert len(generate.model.config.id2predicate) == 10
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, "bfloat16", torch.float64])
+def test_every_part_takes_the_precision_that_is_asked_for(dtype):
+    generate = pipeline("scene-graph", dtype=dtype)
+    wanted = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
+    weights = [*generate.model.parameters(), *generate.model.buffers()]
+    assert {tensor.dtype for tensor in weights if tensor.is_floating_point()} == {wanted}
+    words = {(t.subject, t.predicate, t.object) for t in generate(PICTURE).triplets()}
+    assert ("book", "on", "table") in words
+
+
 def test_it_finds_the_graph_of_the_demo_picture(generate):
     graph = generate(PICTURE, threshold=0.1)
     assert graph.image_size == (480, 640)

@@ -28,6 +28,7 @@ ALLOWED = {
     "huggingface_hub",
     "numpy",
     "PIL",
+    "safetensors",
     "scipy",
     "collections",
     "contextlib",
@@ -37,7 +38,10 @@ ALLOWED = {
     "itertools",
     "json",
     "math",
+    "operator",
+    "os",
     "pathlib",
+    "types",
     "typing",
 }
 # Each part may use what stands before it.

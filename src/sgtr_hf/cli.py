@@ -15,17 +15,20 @@ from .auto import DEFAULT_CHECKPOINT, TASK
 from .command_arguments import (
     add_labels_per_entity,
     check_output_names,
+    drawing_names,
     image_paths,
     model_folder,
     positive,
     probability,
 )
 from .configuration.configuration_sgtr import SgtrConfig
+from .data.reading_processes import reason_of
 from .data_commands import add_data_commands
 from .dino_commands import add_dino_commands
 from .evaluation_commands import add_evaluation_commands
 from .graph_output import GraphOutput
 from .hub_commands import add_hub_commands
+from .image_processing.picture_reading import read_image
 from .scene_graph import SceneGraph
 
 
@@ -42,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ImportError,
         StrictDataclassError,
     ) as error:
-        print(f"sgtr-hf {options.command}: {error}", file=sys.stderr)
+        print(f"sgtr-hf {options.command}: {reason_of(error)}", file=sys.stderr)
         return 2
 
 
@@ -50,16 +53,16 @@ def predict(options: argparse.Namespace) -> int:
     """Find the scene graphs of pictures, print them, and write what was asked for."""
     paths = list(image_paths(options.images))
     check_output_names(options.draw, options.output)
-    from transformers import pipeline
-
-    generate = pipeline(TASK, model=model_folder(options.model))
+    drawings = drawing_names(options.draw, paths)
+    generate = _load_pipeline(options.model)
     config, broken = generate.model.config, 0
     with GraphOutput(options.output, paths, config.id2label, config.id2predicate) as output:
-        for path in paths:
+        for path, drawing in zip(paths, drawings, strict=True):
             # One broken file must not lose the graphs of the others.
             try:
+                picture = read_image(path)
                 graph = generate(
-                    path,
+                    picture,
                     threshold=options.threshold,
                     top_k=options.top_k,
                     graph_constraint=options.graph_constraint,
@@ -71,9 +74,23 @@ def predict(options: argparse.Namespace) -> int:
                 continue
             output.add(path, graph)
             _print_graph(path, graph)
-            if options.draw:
-                _draw(path, graph, _numbered(options.draw, path, len(paths)))
+            if drawing is not None:
+                _draw(picture, graph, drawing)
     return 2 if broken else 0
+
+
+def _load_pipeline(model: str) -> Any:
+    """Open a scene graph model; another one would end in a long text of transformers."""
+    from transformers import AutoConfig, pipeline
+
+    folder = model_folder(model)
+    config = AutoConfig.from_pretrained(folder)
+    if not isinstance(config, SgtrConfig):
+        raise ValueError(
+            f"`--model` {model} is a model of type {config.model_type}; scene graphs need one of "
+            f"type {SgtrConfig.model_type}."
+        )
+    return pipeline(TASK, model=folder)
 
 
 def make_tabletop(options: argparse.Namespace) -> int:
@@ -298,21 +315,13 @@ def _point(text: str) -> tuple[float, float]:
     return x, y
 
 
-def _numbered(path: Path, image: str, count: int) -> Path:
-    """The drawing's file; with several pictures, each gets its own name into it."""
-    return path if count == 1 else path.with_name(f"{path.stem}-{Path(image).stem}{path.suffix}")
-
-
 def _print_graph(path: str, graph: SceneGraph) -> None:
     print(f"{path}: {graph.num_entities} entities, {graph.num_relations} relations")
     for triplet in graph.triplets():
         print(f"  {triplet.score:.2f}  {triplet.subject} - {triplet.predicate} - {triplet.object}")
 
 
-def _draw(image: str, graph: SceneGraph, output: Path) -> None:
-    from transformers.image_utils import load_image
-
+def _draw(picture: Image.Image, graph: SceneGraph, output: Path) -> None:
     from .visualization.scene_graph_drawing import draw_scene_graph
 
-    picture: Image.Image = load_image(image)
     draw_scene_graph(picture, graph).save(output)

@@ -1,7 +1,7 @@
 """What the commands of `sgtr-hf` share: kinds of arguments, and checks before the work begins."""
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from .image_processing.picture_reading import IMAGE_SUFFIXES
@@ -83,13 +83,34 @@ def check_output_names(drawing: Path | None, *others: Path | None) -> None:
     """Complain before the work is done, not after.
 
     Raises:
-        ValueError: If the folder of a file does not exist, or a drawing is not named like one.
+        ValueError: If the folder of a file does not exist, a file is a folder, or a drawing is not
+            named like one.
     """
     for path in (drawing, *others):
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"the folder {path.parent} of {path.name} does not exist.")
+        if path is not None and path.is_dir():
+            raise ValueError(f"the output {path} is a folder; name a file in it.")
     if drawing is not None and drawing.suffix.lower() not in IMAGE_SUFFIXES:
         raise ValueError(f"the drawing {drawing} must end like an image file, as in graph.png.")
+
+
+def drawing_names(path: Path | None, images: Sequence[str]) -> list[Path | None]:
+    """Name a drawing for each image: the path itself, or with several the image's name in it.
+
+    Images of one name in different folders get a number, too.
+    """
+    if path is None or len(images) == 1:
+        return [path] * len(images)
+    names: list[str] = []
+    for image in images:
+        stem, number = Path(image).stem, 1
+        name = stem
+        while name in names:
+            number += 1
+            name = f"{stem}-{number}"
+        names.append(name)
+    return [path.with_name(f"{path.stem}-{name}{path.suffix}") for name in names]
 
 
 def add_labels_per_entity(parser: argparse.ArgumentParser) -> None:

@@ -13,8 +13,9 @@ from .scene_graph import SceneGraph
 class GraphOutput(AbstractContextManager["GraphOutput"]):
     """Takes graphs one after the other; by the ending of its name it becomes JSON or Parquet.
 
-    JSON holds the graph of one picture, or a dictionary from path to graph. Parquet is written as
-    graphs come, and calls an image by the name of its file.
+    JSON holds the graph of the one picture that was asked for, or a dictionary from path to graph;
+    what was found before an error is written, too. Parquet is written as graphs come, and calls an
+    image by the name of its file.
 
     Args:
         path: The file; None keeps nothing.
@@ -35,6 +36,7 @@ class GraphOutput(AbstractContextManager["GraphOutput"]):
         id2predicate: Mapping[int, str],
     ) -> None:
         self.path = path
+        self._is_single = len(pictures) == 1
         self._graphs: dict[str, dict[str, Any]] = {}
         self._writer: Any = None
         if path is not None and path.suffix.lower() == ".parquet":
@@ -51,9 +53,9 @@ class GraphOutput(AbstractContextManager["GraphOutput"]):
     def __exit__(self, *error: Any) -> None:
         if self._writer is not None:
             self._writer.__exit__(*error)
-        elif self.path is not None and error[0] is None:
+        elif self.path is not None and self._graphs:
             graphs = self._graphs
-            content = next(iter(graphs.values())) if len(graphs) == 1 else graphs
+            content = next(iter(graphs.values())) if self._is_single else graphs
             self.path.write_text(json.dumps(content, indent=2) + "\n")
 
 

@@ -1,7 +1,6 @@
 """Annotated images for training and evaluation, from any data set of the one schema."""
 
 import logging
-import signal
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -319,17 +318,6 @@ def check_annotations(
             )
         count += 1
     return count
-
-
-def prepare_worker(_: int) -> None:
-    """Set a loader's worker up: one thread, and no ear for signals.
-
-    The cores belong to the model. A scheduler, or Ctrl-C, signals every process of a run; a worker
-    that died of it would take the main process down before that has saved its checkpoint.
-    """
-    torch.set_num_threads(1)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _decode(record: dict[str, Any]) -> Image.Image:

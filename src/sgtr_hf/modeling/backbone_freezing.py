@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
@@ -28,9 +29,19 @@ class FreezablePreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load a model; as in transformers, which documents the arguments."""
+        """Load a model; as in transformers, which documents the arguments.
+
+        Raises:
+            ValueError: If a file of weights is damaged.
+        """
         kwargs.setdefault("use_safetensors", True)
-        loaded = super().from_pretrained(*args, **kwargs)
+        try:
+            loaded = super().from_pretrained(*args, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(
+                f"The weights of {args[0] if args else 'the model'} cannot be read: {error}. A "
+                "file is damaged or cut off; copy or download it again."
+            ) from error
         # With `output_loading_info` there is a second result.
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         for module in model.modules():

@@ -287,9 +287,12 @@ def _make_backbone(config: SgtrDetrConfig) -> PreTrainedModel:
 
     Remote code of a configuration and of a model are loaded apart, so classes cannot be compared.
     """
+    # `dtype` of `from_pretrained` reaches configurations one level deep; without it a backbone
+    # would keep what its own configuration was saved with.
+    dtype = torch.get_default_dtype()
     if getattr(config.backbone_config, "model_type", None) == DinoVitConfig.model_type:
-        return DinoVitBackbone._from_config(config.backbone_config)
-    return AutoBackbone.from_config(config.backbone_config)
+        return DinoVitBackbone._from_config(config.backbone_config, dtype=dtype)
+    return AutoBackbone.from_config(config.backbone_config, dtype=dtype)
 
 
 class SgtrDetrForObjectDetection(SgtrDetrPreTrainedModel):

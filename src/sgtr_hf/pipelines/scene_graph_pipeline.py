@@ -1,13 +1,16 @@
 """`pipeline("scene-graph")`: pictures in, scene graphs out."""
 
-from collections.abc import Sequence, Sized
+import operator
+from collections.abc import Iterator, Sequence, Sized
+from os import PathLike
+from types import GeneratorType
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import Pipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
@@ -38,6 +41,25 @@ _POSTPROCESS_ARGUMENTS = (
     "duplicate_threshold",
     "labels_per_entity",
 )
+
+
+class _Pictures(Dataset[Any]):
+    """What has a length and numbers, such as a column of a data set, for transformers to stream."""
+
+    def __init__(self, pictures: Any) -> None:
+        self.pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.pictures[index]
+
+
+def _is_sequence(inputs: Any) -> bool:
+    if isinstance(inputs, (list, dict, bytes, bytearray, Dataset)):
+        return False
+    return hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__")
 
 
 class SceneGraphPipeline(Pipeline):
@@ -80,9 +102,16 @@ class SceneGraphPipeline(Pipeline):
             TypeError: If an argument is not known.
             ValueError: If a picture cannot be read.
         """
+        is_single = isinstance(inputs, (str, PathLike, Image.Image, np.ndarray, Tensor))
         if isinstance(inputs, tuple):
             inputs = list(inputs)
-        is_single = isinstance(inputs, (str, Image.Image, np.ndarray, Tensor))
+        elif isinstance(inputs, Iterator) and not isinstance(inputs, GeneratorType):
+            # transformers streams generators alone.
+            inputs = (picture for picture in inputs)
+        elif _is_sequence(inputs) and not is_single:
+            inputs = _Pictures(inputs)
+        if isinstance(inputs, list) and not inputs:
+            return []
         if not is_single and not isinstance(inputs, dict) and {"boxes", "labels"} & set(kwargs):
             raise ValueError(
                 "`boxes` and `labels` belong to one picture; with many, give each as a dictionary "
@@ -117,7 +146,8 @@ class SceneGraphPipeline(Pipeline):
             if unknown or "image" not in inputs:
                 raise ValueError(
                     'A picture given as a dictionary has "image" and may have "boxes" and '
-                    f'"labels", got {sorted(inputs)}.'
+                    f'"labels", got {sorted(inputs)}; of the rows of a data set give the column '
+                    'of pictures, as in dataset["image"].'
                 )
             boxes, labels = inputs.get("boxes", boxes), inputs.get("labels", labels)
             inputs = inputs["image"]
@@ -127,18 +157,28 @@ class SceneGraphPipeline(Pipeline):
         if boxes is not None:
             features["entity_boxes"] = [relative_boxes(boxes, image.width, image.height)]
         if labels is not None:
+            if boxes is None:
+                raise ValueError("`labels` are those of `boxes`, which must be given, too.")
             features["entity_labels"] = [self._label_numbers(labels)]
         return features
 
     def _label_numbers(self, labels: Sequence[str | int]) -> Tensor:
         known: dict[str, int] = self.model.config.label2id
+        if isinstance(labels, (str, bytes)) or not hasattr(labels, "__iter__"):
+            raise TypeError(f"`labels` must be a list of names or numbers, got {labels!r}.")
+        numbers = []
         for label in labels:
-            if isinstance(label, str) and label not in known:
-                raise ValueError(
-                    f"`labels` has {label!r}, which this model does not know; it knows "
-                    f"{', '.join(known)}."
-                )
-        numbers = [known[label] if isinstance(label, str) else int(label) for label in labels]
+            if isinstance(label, str):
+                if label not in known:
+                    raise ValueError(
+                        f"`labels` has {label!r}, which this model does not know; it knows "
+                        f"{', '.join(known)}."
+                    )
+                numbers.append(known[label])
+            elif isinstance(label, bool) or not hasattr(label, "__index__"):
+                raise TypeError(f"`labels` must hold names or whole numbers, got {label!r}.")
+            else:
+                numbers.append(operator.index(label))
         return torch.tensor(numbers, dtype=torch.int64)
 
     def _forward(self, model_inputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -201,7 +241,12 @@ def relative_boxes(boxes: Any, width: int, height: int) -> Tensor:
     Raises:
         ValueError: If the shape is another, or a box has no area inside the picture.
     """
-    table = np.asarray(boxes, dtype=np.float32)
+    try:
+        table = np.asarray(boxes, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`boxes` must be rows of the four numbers x1, y1, x2, y2, got {boxes!r}."
+        ) from error
     if table.size and (table.ndim != 2 or table.shape[1] != 4):  # noqa: PLR2004
         raise ValueError(f"`boxes` must have shape (num_entities, 4), got {table.shape}.")
     corners = torch.from_numpy(table).reshape(-1, 4)

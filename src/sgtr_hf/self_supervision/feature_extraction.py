@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
 
 from ..data.picture_source import Picture, PictureSource
-from ..data.training_dataset import prepare_worker
+from ..data.reading_processes import prepare_worker
 from ..modeling.modeling_dino_vit import DinoVitModel
 from .image_preparation import Preparation, scaled
 

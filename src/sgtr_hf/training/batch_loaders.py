@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 
-from ..data.training_dataset import prepare_worker
+from ..data.reading_processes import prepare_worker
 from .recipe import TrainingSettings
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from accelerate import Accelerator
 from huggingface_hub.errors import StrictDataclassError
 
+from ..data.reading_processes import reason_of
 from .image_recipe import IMAGE_RECIPES
 from .interruption import TrainingStopped
 from .loop import Trainer
@@ -50,7 +51,7 @@ def run_recipe(
             )
         Trainer(recipe, open_task).run()
     except (ValueError, ArithmeticError, OSError, ImportError, StrictDataclassError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {reason_of(error)}")
     except TrainingStopped as stop:
         logger.info("%s", stop)
         # A scheduler that takes the machine away sees a run that ended well, a shell sees Ctrl-C.

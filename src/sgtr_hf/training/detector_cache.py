@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
+from ..data.reading_processes import prepare_worker
 from ..data.training_dataset import (
     Collator,
     SceneGraphDataset,
-    prepare_worker,
     seed_of_noise,
 )
 from ..modeling.modeling_sgtr import SgtrForSceneGraphGeneration
