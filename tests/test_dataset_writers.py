@@ -292,7 +292,7 @@ def test_validate_lists_everything_and_fixes(tmp_path, capsys):
     assert "Image a: `relations[2].object` must be from 0 to 2, got 7." in out
     assert "Image a: `relations[3].predicate` must be from 0 to 1, got 9." in out
     assert "Image b: `objects[0].label` must be from 0 to 2, got 77." in out
-    assert "3 images, 4 violations." in out
+    assert "Split train: 3 images, 4 violations." in out
     code, out, _ = run(capsys, "validate", folder, "--fix", tmp_path / "fixed")
     assert code == 0
     assert "2 images, 4 violations; dropped: " in out

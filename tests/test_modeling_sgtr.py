@@ -1,3 +1,6 @@
+import re
+
+import numpy as np
 import pytest
 import torch
 
@@ -205,3 +208,27 @@ def test_queries_have_no_order(pixel_values):
         after = model(pixel_values)
     for name in ("predicate_logits", "subject_boxes", "object_logits", "subject_scores"):
         torch.testing.assert_close(after[name], before[name][:, order], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "error", "words"),
+    [
+        ({"pixel_values": torch.zeros(3, 64, 64)}, ValueError, "(batch, 3, height, width)"),
+        ({"pixel_values": torch.zeros(1, 3, 64, 64, dtype=torch.uint8)}, TypeError, "uint8"),
+        ({"pixel_values": np.zeros((1, 3, 64, 64))}, TypeError, "float64"),
+        (
+            {"pixel_values": torch.zeros(1, 3, 64, 64), "pixel_mask": torch.ones(1, 32, 64)},
+            ValueError,
+            "(1, 64, 64)",
+        ),
+        (
+            {"pixel_values": torch.zeros(1, 3, 64, 64), "labels": {"boxes": torch.zeros(1, 4)}},
+            TypeError,
+            "one dict an image",
+        ),
+    ],
+)
+def test_inputs_of_another_kind_are_refused(inputs, error, words):
+    model = SgtrForSceneGraphGeneration(small_config())
+    with pytest.raises(error, match=re.escape(words)):
+        model(**inputs)

@@ -1,12 +1,14 @@
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from sgtr_hf import SgtrDetrForObjectDetection
 from sgtr_hf.training.checkpoints import list_checkpoints
@@ -183,7 +185,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(data, tmp_path, 
     parameter = trainer.model.class_head.bias
     parameter.register_hook(lambda gradient: gradient * torch.nan)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    with pytest.raises(FloatingPointError, match=r"after update 0 .*loss_class.*learning_rate"):
+    with pytest.raises(FloatingPointError, match=r"after update 0, .*loss_class.*learning_rate"):
         trainer.run()
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(value, before[name]), name
@@ -228,3 +230,28 @@ def test_an_annotation_that_cannot_be_meant_stops_before_training(tmp_path):
     with pytest.raises(ValueError, match=r"squares-6: `relations\[0\]\.object`.*6 good records"):
         Trainer(make_recipe(data, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_annotations_that_do_not_fit_are_told_with_their_images(data, tmp_path):
+    with pytest.raises(ValueError, match=r"`num_queries`.* after update 0, with the images squa"):
+        train(data, tmp_path, model={"num_queries": 1, "select_queries": False})
+
+
+def test_weights_that_are_not_finite_are_named_before_the_first_update(data, whole_run, tmp_path):
+    folder = shutil.copytree(whole_run / "final", tmp_path / "broken")
+    weights = load_file(folder / "model.safetensors")
+    weights["class_head.weight"][0, 0] = torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    recipe = replace(make_recipe(data, tmp_path / "run"), model={}, pretrained_model=str(folder))
+    with pytest.raises(ValueError, match=r"`class_head\.weight` .* holds NaN"):
+        Trainer(recipe).run()
+
+
+@pytest.mark.parametrize("entry", ["pretrained_model", "detector"])
+def test_a_model_to_start_from_that_is_not_there_is_named(data, tmp_path, entry):
+    task = "detection" if entry == "pretrained_model" else "scene_graph"
+    recipe = replace(
+        make_recipe(data, tmp_path / "run", task=task), model={}, **{entry: "/nowhere/to/be/found"}
+    )
+    with pytest.raises(ValueError, match=f"`{entry}` /nowhere/to/be/found is not there"):
+        Trainer(recipe).run()

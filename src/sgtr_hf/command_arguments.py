@@ -62,19 +62,23 @@ def image_paths(images: Iterable[str]) -> Iterator[str]:
             raise FileNotFoundError(f"there is no file or folder {path}.")
 
 
-def model_folder(model: str) -> str:
+def model_folder(model: str, name: str = "--model") -> str:
     """Reject a local folder that is no checkpoint, or not there, before it is taken for a Hub id.
+
+    Args:
+        model: Folder or Hub id.
+        name: Of the option or entry that names it.
 
     Raises:
         ValueError: If it is none.
     """
     path = Path(model)
     if path.is_dir() and not (path / "config.json").is_file():
-        raise ValueError(f"`--model` {model} is not a checkpoint: the folder has no config.json.")
+        raise ValueError(f"`{name}` {model} is not a checkpoint: the folder has no config.json.")
     # A Hub id is a name, or an owner and a name.
     if not path.exists() and (path.is_absolute() or model.startswith(".") or model.count("/") > 1):
         raise ValueError(
-            f"`--model` {model} is not there, and cannot be the id of a model on the Hub."
+            f"`{name}` {model} is not there, and cannot be the id of a model on the Hub."
         )
     return model
 

@@ -65,7 +65,7 @@ def validate(options: argparse.Namespace) -> int:
     if options.fix is None:
         for _ in fixed():
             pass
-        print(f"{messages.images} images, {messages.count} violations.")
+        print(f"Split {options.split}: {messages.images} images, {messages.count} violations.")
         return int(messages.count > 0)
     writer = load_data_module("dataset_writers").WRITERS["parquet"]
     count = writer.write(source, fixed(), options.fix, writer.split_name(options.split))

@@ -101,7 +101,13 @@ def _detect_folder(path: Path, split: str) -> DetectedFormat:
         )
     if any(path.rglob("*.parquet")):
         return _by_columns(load_stream(path, split).column_names or [], str(path))
-    raise ValueError(f"The format of the folder {path} is not recognised; name it with `--from`.")
+    if not any(path.iterdir()):
+        raise ValueError(f"The folder {path} is empty; name one with annotations.")
+    raise ValueError(
+        f"The format of the folder {path} is not recognised: it holds no file that a format is "
+        "known by, such as Parquet files with `objects` and `relations`. `sgtr-hf convert --from "
+        "FORMAT` makes Parquet of other files."
+    )
 
 
 def _by_columns(columns: Sequence[str], source: str) -> DetectedFormat:

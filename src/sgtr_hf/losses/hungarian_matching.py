@@ -99,8 +99,13 @@ def pad_annotations(
         num_predicates: Number of predicates; None ignores relations (then R is 0).
 
     Raises:
+        TypeError: If there is no list of dicts.
         ValueError: If an entry is missing, has a wrong shape or a value out of range.
     """
+    if not isinstance(labels, (list, tuple)) or not all(isinstance(one, dict) for one in labels):
+        raise TypeError(
+            f"`labels` must be a list with one dict an image, got {type(labels).__name__}."
+        )
     if not labels:
         raise ValueError("`labels` must hold one dict an image, got none.")
     for image, label in enumerate(labels):

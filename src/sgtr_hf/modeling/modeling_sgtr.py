@@ -223,8 +223,8 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
             cached = self._read_features(detector_features)
             nodes = self.model(annotations=annotations, detector=cached, **kwargs)
         elif pixel_values is not None:
-            image_sizes = image_sizes_of(pixel_values, pixel_mask)
             nodes = self.model(pixel_values, pixel_mask, annotations, given=given, **kwargs)
+            image_sizes = image_sizes_of(pixel_values, pixel_mask)
         triplets = self.read_levels(
             nodes, nodes.triplets, image_sizes, all_levels=annotations is not None
         )

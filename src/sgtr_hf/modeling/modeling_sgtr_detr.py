@@ -6,12 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoBackbone, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils.generic import can_return_tuple
 
-from ..configuration.configuration_dino_vit import DinoVitConfig
 from ..configuration.configuration_sgtr_detr import SgtrDetrConfig
 from ..losses.detection_loss import count_annotations, denoising_losses, detection_losses
 from ..losses.hungarian_matching import (
@@ -29,9 +27,9 @@ from .detection_outputs import (
     SgtrDetrModelOutput,
     SgtrDetrObjectDetectionOutput,
 )
+from .detector_backbone import check_images, input_projection, make_backbone
 from .entity_decoder import AnchorQueryDecoder, ImageMemory, LearnedQueryDecoder
 from .given_entities import GivenEntities, given_logits
-from .modeling_dino_vit import DinoVitBackbone
 from .position_embedding import grid_boxes, grid_sine_embedding
 from .prediction_heads import AnchorEmbedding, ClassHead, init_head
 from .query_selection import QuerySelection, SelectedQueries
@@ -74,10 +72,10 @@ class SgtrDetrModel(SgtrDetrPreTrainedModel):
 
     def __init__(self, config: SgtrDetrConfig) -> None:
         super().__init__(config)
-        self.backbone = _make_backbone(config)
+        self.backbone = make_backbone(config)
         channels = self.backbone.channels
         self.input_projections = nn.ModuleList(
-            _input_projection(width, config) for width in channels
+            input_projection(width, config) for width in channels
         )
         self.level_embedding = (
             nn.Embedding(len(channels), config.d_model) if len(channels) > 1 else None
@@ -202,7 +200,13 @@ class SgtrDetrModel(SgtrDetrPreTrainedModel):
     def encode(
         self, pixel_values: Tensor, pixel_mask: Tensor | None = None, **kwargs: Any
     ) -> ImageMemory:
-        """Run backbone and encoder; arguments as in `forward`."""
+        """Run backbone and encoder; arguments as in `forward`.
+
+        Raises:
+            TypeError: If `pixel_values` is no tensor of floats.
+            ValueError: If it or `pixel_mask` has another shape.
+        """
+        check_images(pixel_values, pixel_mask)
         features, positions, masks, cells = [], [], [], []
         # Convolutions are a third faster on processors, and on GPUs, with channels last.
         pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
@@ -280,19 +284,6 @@ class SgtrDetrModel(SgtrDetrPreTrainedModel):
             attention_mask=is_query,
             and_mask_function=visibility,
         )
-
-
-def _make_backbone(config: SgtrDetrConfig) -> PreTrainedModel:
-    """Make the backbone; ours by its class, since `AutoBackbone` knows it only as registered.
-
-    Remote code of a configuration and of a model are loaded apart, so classes cannot be compared.
-    """
-    # `dtype` of `from_pretrained` reaches configurations one level deep; without it a backbone
-    # would keep what its own configuration was saved with.
-    dtype = torch.get_default_dtype()
-    if getattr(config.backbone_config, "model_type", None) == DinoVitConfig.model_type:
-        return DinoVitBackbone._from_config(config.backbone_config, dtype=dtype)
-    return AutoBackbone.from_config(config.backbone_config, dtype=dtype)
 
 
 class SgtrDetrForObjectDetection(SgtrDetrPreTrainedModel):
@@ -463,13 +454,6 @@ def entity_probabilities(logits: Tensor, classification: str) -> Tensor:
     if classification == "softmax":
         return logits.softmax(dim=-1)[..., :-1]
     return logits.sigmoid()
-
-
-def _input_projection(channels: int, config: SgtrDetrConfig) -> nn.Module:
-    projection = nn.Conv2d(channels, config.d_model, kernel_size=1)
-    if not config.normalize_input_projection:
-        return projection
-    return nn.Sequential(projection, nn.GroupNorm(config.num_attention_heads, config.d_model))
 
 
 def _resize_mask(pixel_mask: Tensor | None, feature_map: Tensor) -> Tensor:

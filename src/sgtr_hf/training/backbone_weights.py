@@ -16,16 +16,24 @@ def load_backbone_weights(backbone: PreTrainedModel, source: str) -> None:
         source: Folder or Hub id, such as `microsoft/resnet-50` for a `ResNetBackbone`.
 
     Raises:
-        ValueError: If the model there lacks a weight of the backbone, or has one of another shape.
+        ValueError: If there is no such model for timm, or it lacks a weight of the backbone or has
+            one of another shape.
         OSError: If there is no such model.
     """
-    loaded, report = type(backbone).from_pretrained(
-        source,
-        config=backbone.config,
-        dtype=torch.float32,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )
+    try:
+        loaded, report = type(backbone).from_pretrained(
+            source,
+            config=backbone.config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except RuntimeError as error:
+        # What timm says of a name it does not know.
+        raise ValueError(
+            f"`backbone_weights` {source} cannot be loaded: {error}. Name a folder or Hub id of a "
+            "model around this backbone, or efficientnet_lite0."
+        ) from error
     for name, given, wanted in report["mismatched_keys"]:
         raise ValueError(
             f"`backbone_weights` {source} has `{name}` of shape {tuple(given)}, the backbone of "

@@ -81,6 +81,7 @@ class Trainer:
 
     def _prepare(self) -> None:
         model = self.task.make_model()
+        _check_weights(model)
         if self.settings.gradient_checkpointing:
             # The older name is all that transformers 5.20 has, and a warning since 5.21.
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
@@ -238,7 +239,7 @@ class Trainer:
             # The optimizer of accelerate moves only then, and processes exchange gradients.
             self.accelerator.sync_gradients = is_last
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
-                losses = self.task.compute_losses(self.model, batch | shared, self.progress)
+                losses = self._losses(batch | shared, batches)
                 self._check_finite(losses["loss"], losses, batches)
                 self.accelerator.backward(losses["loss"])
             if is_last:
@@ -249,6 +250,20 @@ class Trainer:
             self.meter.add(losses, self.task.count_images(batch))
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def _losses(self, batch: dict[str, Any], batches: list[dict[str, Any]]) -> dict[str, Tensor]:
+        try:
+            return self.task.compute_losses(self.model, batch, self.progress)
+        except ValueError as error:
+            raise ValueError(f"{error} This was {self._place(batches)}.") from error
+
+    def _place(self, batches: list[dict[str, Any]]) -> str:
+        """Name the update and the images of this process."""
+        images = [name for batch in batches for name in self.task.image_ids(batch)]
+        return (
+            f"after update {self.progress.updates}, with the images "
+            f"{', '.join(images) or 'without names'} on process {self.accelerator.process_index}"
+        )
 
     def _after_update(self) -> None:
         rate = self.schedule.get_last_lr()[-1]
@@ -278,11 +293,8 @@ class Trainer:
         if torch.isfinite(value):
             return
         entries = ", ".join(f"{name} {loss.item():.3g}" for name, loss in losses.items())
-        images = [name for batch in batches for name in self.task.image_ids(batch)]
         raise FloatingPointError(
-            f"Loss or gradient is not finite after update {self.progress.updates} ({entries}), "
-            f"with the images {', '.join(images) or 'without names'} on process "
-            f"{self.accelerator.process_index}. "
+            f"Loss or gradient is not finite {self._place(batches)} ({entries}). "
             "Lower `training.learning_rate`, clip gradients more, check the images, or use "
             "`training.mixed_precision=no`; the last checkpoint is as it was."
         )
@@ -362,3 +374,13 @@ def _unwrap(average: AveragedModel) -> PreTrainedModel:
     if not isinstance(module, PreTrainedModel):
         raise TypeError(f"The averaged model must be a PreTrainedModel, got {type(module)}.")
     return module
+
+
+def _check_weights(model: nn.Module) -> None:
+    """Name a tensor that would spoil everything, before data are read for it."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(
+                f"`{name}` of the model holds NaN or infinity before the first update; what "
+                "`pretrained_model`, `detector` or `backbone_weights` names is broken."
+            )

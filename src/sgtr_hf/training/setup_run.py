@@ -10,6 +10,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from ..command_arguments import model_folder
 from ..configuration.configuration_sgtr import SgtrConfig
 from ..configuration.configuration_sgtr_detr import SgtrDetrConfig
 from ..data.dataset_loading import load_image_stream, load_rows
@@ -128,8 +129,13 @@ def make_model(
             be trained with the same care, to compare with.
 
     Raises:
-        ValueError: If the detector has other classes, or a field of the model is wrong.
+        ValueError: If a folder is no checkpoint, the detector has other classes, or a field of the
+            model is wrong.
     """
+    for entry in ("pretrained_model", "detector"):
+        source = getattr(recipe, entry)
+        if source is not None:
+            model_folder(source, entry)
     if recipe.pretrained_model is not None:
         return _load_pretrained_model(
             recipe, recipe.pretrained_model, id2label, id2predicate, scene_graph_class
