@@ -3,14 +3,14 @@
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
-from .size_limits import check_num_labels, check_sizes
+from .checked_config import CheckedConfig, check_above, check_shares
+from .size_limits import check_sizes
 
 
 @strict
-class DinoVitConfig(BackboneConfigMixin, PreTrainedConfig):
+class DinoVitConfig(BackboneConfigMixin, CheckedConfig):
     """Settings of `DinoVitModel` and the classes built on it.
 
     The defaults are the ViT-S/16 (Dosovitskiy et al. 2021) of DINO (Caron et al. 2021).
@@ -85,7 +85,6 @@ class DinoVitConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Name the stages of the backbone."""
-        check_num_labels(kwargs)
         # Before so many stages are named.
         check_sizes(self, ("num_hidden_layers",), 1)
         self.stage_names = ["stem", *(f"stage{i + 1}" for i in range(self.num_hidden_layers))]
@@ -150,14 +149,8 @@ class DinoVitConfig(BackboneConfigMixin, PreTrainedConfig):
         """Reject heads and temperatures that cannot be."""
         names = ("num_prototypes", "head_layers", "head_hidden_dim", "head_bottleneck_dim")
         check_sizes(self, names, 1)
-        if not self.student_temperature > 0:
-            raise ValueError(
-                f"`student_temperature` must be above 0, got {self.student_temperature}."
-            )
-        if not 0 <= self.center_momentum <= 1:
-            raise ValueError(
-                f"`center_momentum` must be between 0 and 1, got {self.center_momentum}."
-            )
+        check_above(self, ("student_temperature",), 0)
+        check_shares(self, ("center_momentum",))
 
     def validate_probabilities(self) -> None:
         """Reject probabilities that would drop everything, or less than nothing."""

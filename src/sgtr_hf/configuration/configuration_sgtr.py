@@ -6,12 +6,21 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .checked_config import (
+    CheckedConfig,
+    check_above,
+    check_at_least,
+    check_numbering,
+    check_shares,
+    model_type_of,
+    require,
+)
 from .configuration_sgtr_detr import SgtrDetrConfig
-from .size_limits import check_num_labels, check_sizes
+from .size_limits import check_sizes
 
 
 @strict
-class SgtrConfig(PreTrainedConfig):
+class SgtrConfig(CheckedConfig):
     """Settings of `SgtrModel` and `SgtrForSceneGraphGeneration`.
 
     The defaults are SGTR (Li et al. 2022) as released for Visual Genome, without its quirks;
@@ -62,14 +71,15 @@ class SgtrConfig(PreTrainedConfig):
             background class in front (Open Images).
         assembling_top_k: Entities kept a role and query at inference, paired rank with rank.
         training_assembling_top_k: The same while matching in training.
-        assembling_exponent: Exponent of the confidence and of the class similarity.
+        assembling_exponent: Exponent of the confidence and of the class similarity; 0 leaves both
+            out.
         assembling_distance_scale: Length in pixels that one image side stands for when the
             distance of centres is measured, so that the result does not depend on the input size
-            (ours).
+            (ours). 0 leaves the distance out.
         legacy_pixel_distance: Measure that distance in pixels of the resized image instead
             (`rel_detr_inference.py`).
         assembling_box_scale: Factor on the city-block distance of boxes in unified assembling,
-            against a similarity of about one (ours).
+            against a similarity of about one (ours). 0 leaves the boxes out.
         score_temperature: Divides the predicate logits before they become probabilities; fitted
             on validation data so that the score of a triplet is the probability that it is right.
         score_offset: Added after that, likewise.
@@ -90,7 +100,7 @@ class SgtrConfig(PreTrainedConfig):
         entity_box_cost_weight: Matching weight of the assembled entities' L1 box distance.
         entity_giou_cost_weight: Matching weight of the assembled entities' generalised IoU.
         assembling_cost_weight: Matching weight of the assembling scores.
-        matching_base: Base b of the costs b**-p that turn a probability p into a cost.
+        matching_base: Base b of the costs b**-p that turn a probability p into a cost, at least 1.
         predicate_loss_weight: Weight of the predicate classification.
         relation_vector_loss_weight: Weight of the L1 loss of centres.
         indicator_box_loss_weight: Weight of the indicators' L1 box loss.
@@ -199,9 +209,12 @@ class SgtrConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Give predicates integer keys, and share the entity names with the detector."""
-        check_num_labels(kwargs)
+        # One loaded as remote code has a class of its own, so the type alone tells.
+        kind, wanted = model_type_of(self.detector_config), SgtrDetrConfig.model_type
+        require(kind in (None, wanted), "detector_config", kind, f'of model type "{wanted}"')
         if self.id2predicate is None:
             self.id2predicate = {0: "PREDICATE_0", 1: "PREDICATE_1"}
+        self.validate_predicates()
         self.id2predicate = {int(key): name for key, name in self.id2predicate.items()}
         names_are_given = self.id2label is not None or kwargs.get("num_labels") is not None
         super().__post_init__(**kwargs)
@@ -231,10 +244,12 @@ class SgtrConfig(PreTrainedConfig):
         return {str(name): int(index) for index, name in (self.id2predicate or {}).items()}
 
     def validate_predicates(self) -> None:
-        """Reject predicate indices with gaps."""
-        indices = sorted(int(key) for key in self.id2predicate or {})
-        if indices != list(range(len(indices))):
-            raise ValueError(f"`id2predicate` must count from 0 without gaps, got keys {indices}.")
+        """Reject indices with gaps, and names that `predicate2id` could not tell apart."""
+        predicates = self.id2predicate or {}
+        check_numbering("id2predicate", predicates)
+        names = list(predicates.values())
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        require(not repeated, "id2predicate", repeated, "without names that repeat")
 
     def validate_sizes(self) -> None:
         """Reject sizes that no transformer can have."""
@@ -254,23 +269,33 @@ class SgtrConfig(PreTrainedConfig):
             "num_triplet_denoising_groups",
         )
         check_sizes(self, at_least_none, 0)
+        require(
+            self.d_model % self.num_attention_heads == 0,
+            "num_attention_heads",
+            self.num_attention_heads,
+            f"a divisor of the detector's `d_model` ({self.d_model})",
+        )
 
     def validate_weights(self) -> None:
         """Reject negative weights and probabilities outside [0, 1]."""
-        for name, value in vars(self).items():
-            if name.endswith(("_cost_weight", "_loss_weight", "_background_weight")) and value < 0:
-                raise ValueError(f"`{name}` must be at least 0, got {value}.")
-        for name in (
+        weights = self.names_ending_with("_cost_weight", "_loss_weight", "_background_weight")
+        others = (
+            "focal_gamma",
+            "assembling_exponent",
+            "assembling_distance_scale",
+            "assembling_box_scale",
+        )
+        check_at_least(self, (*weights, *others), 0)
+        # Below 1 the likelier would cost more.
+        check_at_least(self, ("matching_base",), 1)
+        shares = (
             "dropout",
             "focal_alpha",
             "triplet_denoising_label_noise",
             "triplet_denoising_box_noise",
-        ):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` must be between 0 and 1, got {getattr(self, name)}.")
-        for name in ("gaussian_spread", "score_temperature", "class_score_scale"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")
+        )
+        check_shares(self, shares)
+        check_above(self, ("gaussian_spread", "score_temperature", "class_score_scale"), 0)
 
     def validate_generator(self) -> None:
         """Reject settings that do not go together, or would have no effect."""

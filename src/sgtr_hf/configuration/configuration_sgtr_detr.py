@@ -3,15 +3,23 @@
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .checked_config import (
+    CheckedConfig,
+    check_above,
+    check_at_least,
+    check_shares,
+    model_type_of,
+    require,
+)
 from .configuration_dino_vit import DinoVitConfig
-from .size_limits import check_num_labels, check_sizes
+from .size_limits import check_sizes
 
 
 @strict
-class SgtrDetrConfig(PreTrainedConfig):
+class SgtrDetrConfig(CheckedConfig):
     """Settings of `SgtrDetrModel` and `SgtrDetrForObjectDetection`.
 
     The defaults are DETR-R50 (Carion et al. 2020). Weights and costs are plain factors; a
@@ -114,11 +122,14 @@ class SgtrDetrConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Complete the label names in both directions."""
-        check_num_labels(kwargs)
-        backbone = self.backbone_config
-        if isinstance(backbone, dict) and backbone.get("model_type") == DinoVitConfig.model_type:
+        backbone, kind = self.backbone_config, model_type_of(self.backbone_config)
+        if isinstance(backbone, dict) and kind == DinoVitConfig.model_type:
             # Ours is not registered where the model was loaded as remote code.
             self.backbone_config = DinoVitConfig.from_dict(backbone)
+        elif isinstance(backbone, dict):
+            is_known = isinstance(kind, str) and kind in CONFIG_MAPPING
+            expected = 'a configuration whose "model_type" transformers knows, such as "resnet"'
+            require(is_known, "backbone_config", backbone, expected)
         super().__post_init__(**kwargs)
         self.label2id = {name: index for index, name in self.id2label.items()}
 
@@ -126,13 +137,13 @@ class SgtrDetrConfig(PreTrainedConfig):
         """Reject sizes that no transformer can have."""
         check_sizes(self, ("d_model", "decoder_layers", "num_attention_heads", "num_queries"), 1)
         check_sizes(self, ("encoder_layers", "feed_forward_dim", "num_denoising_groups"), 0)
-        _require(
+        require(
             self.d_model % 4 == 0 and self.d_model % self.num_attention_heads == 0,
             "d_model",
             self.d_model,
             f"divisible by 4 and by `num_attention_heads` ({self.num_attention_heads})",
         )
-        _require(
+        require(
             self.frozen_backbone_stages >= -1,
             "frozen_backbone_stages",
             self.frozen_backbone_stages,
@@ -141,31 +152,24 @@ class SgtrDetrConfig(PreTrainedConfig):
 
     def validate_weights(self) -> None:
         """Reject negative weights and probabilities outside [0, 1]."""
-        for name, value in vars(self).items():
-            if name.endswith(("_cost_weight", "_loss_weight")):
-                _require(value >= 0, name, value, "at least 0")
-        for name in ("dropout", "denoising_label_noise", "denoising_box_noise", "focal_alpha"):
-            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
-        _require(
-            self.position_temperature > 0, "position_temperature", self.position_temperature, "> 0"
-        )
+        weights = self.names_ending_with("_cost_weight", "_loss_weight")
+        others = ("focal_gamma", "eos_coefficient", "legacy_box_offset")
+        check_at_least(self, (*weights, *others), 0)
+        shares = ("dropout", "denoising_label_noise", "denoising_box_noise", "focal_alpha")
+        check_shares(self, shares)
+        check_above(self, ("position_temperature",), 0)
 
     def validate_query_type(self) -> None:
         """Reject denoising without anchors: it would have no effect."""
-        _require(
+        require(
             self.num_denoising_groups == 0 or self.query_type == "anchors",
             "num_denoising_groups",
             self.num_denoising_groups,
             '0 unless `query_type` is "anchors"',
         )
-        _require(
+        require(
             not self.select_queries or self.query_type == "anchors",
             "select_queries",
             self.select_queries,
             'False unless `query_type` is "anchors"',
         )
-
-
-def _require(condition: bool, field: str, value: object, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"`{field}` must be {expected}, got {value!r}.")

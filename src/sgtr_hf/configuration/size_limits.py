@@ -62,5 +62,8 @@ def check_num_labels(arguments: Mapping[str, Any]) -> None:
         ValueError: With value and limit.
     """
     count = arguments.get("num_labels")
-    if count is not None and not 0 < count <= MAX_LABELS:
-        raise ValueError(f"`num_labels` must be between 1 and {MAX_LABELS}, got {count}.")
+    is_integer = isinstance(count, int) and not isinstance(count, bool)
+    if count is not None and not (is_integer and 0 < count <= MAX_LABELS):
+        raise ValueError(
+            f"`num_labels` must be an integer between 1 and {MAX_LABELS}, got {count!r}."
+        )
