@@ -232,3 +232,15 @@ def test_inputs_of_another_kind_are_refused(inputs, error, words):
     model = SgtrForSceneGraphGeneration(small_config())
     with pytest.raises(error, match=re.escape(words)):
         model(**inputs)
+
+
+def test_a_new_vocabulary_reaches_the_detector(tmp_path):
+    SgtrForSceneGraphGeneration(small_config()).save_pretrained(tmp_path)
+    model = SgtrForSceneGraphGeneration.from_pretrained(
+        tmp_path, id2label={0: "cat", 1: "dog"}, ignore_mismatched_sizes=True
+    )
+    for config in (model.config, model.config.detector):
+        assert config.id2label == {0: "cat", 1: "dog"}
+        assert config.label2id == {"cat": 0, "dog": 1}
+    outputs = model(torch.zeros(1, 3, 64, 64))
+    assert outputs.logits.shape[-1] == outputs.subject_logits.shape[-1] == 2

@@ -220,7 +220,24 @@ class SgtrConfig(CheckedConfig):
         super().__post_init__(**kwargs)
         source, target = (self, self.detector) if names_are_given else (self.detector, self)
         target.id2label = dict(source.id2label)
-        for config in (source, target):
+        self._share_names()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Give the detector new classes, too, as `from_pretrained(..., id2label=...)` sets them."""
+        super().__setattr__(name, value)
+        # Names that come before any were numbered are those that transformers makes up.
+        are_numbered = self.__dict__.get("label2id") and value is not None
+        if (
+            name == "id2label"
+            and are_numbered
+            and isinstance(self.detector_config, PreTrainedConfig)
+        ):
+            self.detector.id2label = dict(value)
+            self._share_names()
+
+    def _share_names(self) -> None:
+        """Number the names of both configurations, which have the same."""
+        for config in (self, self.detector):
             config.label2id = {name: index for index, name in config.id2label.items()}
 
     @property
