@@ -1,15 +1,27 @@
+import base64
+import contextlib
+import io
 import logging
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from sgtr_hf import SgtrImageProcessor, SgtrImageProcessorPil
+from sgtr_hf import (
+    DinoVitImageProcessor,
+    DinoVitImageProcessorPil,
+    SgtrImageProcessor,
+    SgtrImageProcessorPil,
+)
 from sgtr_hf.image_processing.picture_reading import read_image
 
 
 BACKENDS = [SgtrImageProcessor, SgtrImageProcessorPil]
+PROCESSORS = [*BACKENDS, DinoVitImageProcessor, DinoVitImageProcessorPil]
 
 
 def make_picture(width=100, height=60, seed=0):
@@ -171,7 +183,14 @@ def test_a_broken_file_is_a_clear_error(tmp_path):
         (np.zeros((5, 5, 5)), ValueError, "channels"),
         (np.full((4, 4), np.nan), ValueError, "finite"),
         (np.full((4, 4), -1.0), ValueError, "negative"),
-        ("nowhere.jpg", ValueError, "nowhere"),
+        ("nowhere.jpg", ValueError, "nowhere.jpg cannot be read.*no such file"),
+        ("", ValueError, "An empty name"),
+        ("data:image/png;base64,zzz", ValueError, "after the comma must be a picture in base64"),
+        ("data:image/png", ValueError, "after the comma must be a picture in base64"),
+        (np.zeros((2, 4, 4, 3)), ValueError, "One picture is expected.*list"),
+        (torch.zeros(1, 3, 4, 4), ValueError, "One picture is expected.*list"),
+        (np.array([["a"]]), TypeError, "array of numbers"),
+        (np.zeros((4, 4), complex), TypeError, "array of numbers"),
     ],
 )
 def test_what_is_no_picture(source, error, words):
@@ -195,6 +214,254 @@ def test_wrong_annotations_name_the_image(change, words):
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"relations": [[0, 1], [1, 0], [0, 1]]}, "`relations` must be rows of three"),
+        ({"relations": [[0, 1, 2], [0, 1]]}, "`relations` must be rows of three"),
+        ({"relations": [[]]}, "`relations` must be rows of three"),
+        ({"relations": [0, 1, 2]}, "`relations` must be rows of three"),
+        ({"relations": [["a", "b", "c"]]}, "`relations` must be rows of three"),
+        ({"relations": {"subject": 0}}, "`relations` must be rows of three.*subject"),
+        ({"relations": [{"subject": 0}]}, "`relations` must be rows of three.*subject"),
+        ({"relations": 7}, "`relations` must be rows of three.*7"),
+        ({"relations": [[0, 1, 2], [0.7, 1.2, 2.9]]}, r"relation \[0.7, 1.2, 2.9\].*whole"),
+        ({"relations": [[0, 1, np.nan]]}, "relation .*nan.*whole"),
+        ({"relations": [[0, 1, 2**40]]}, "relation .*whole"),
+        ({"category_id": 1.7}, "category_id.*1.7"),
+        ({"category_id": "mug"}, "category_id.*'mug'"),
+        ({"category_id": True}, "category_id.*True"),
+        ({"category_id": [1]}, r"category_id.*\[1\]"),
+        ({"category_id": {}}, "category_id.*{}"),
+        ({"category_id": None}, "category_id.*None"),
+        ({"category_id": 2**70}, "category_id"),
+        ({"bbox": 5}, r"`bbox` of `annotations\[0\]`.*got 5"),
+        ({"bbox": ["a", 0, 1, 1]}, "`bbox` of.*'a'"),
+        ({"bbox": ["0", "0", "1", "1"]}, "`bbox` of.*'0'"),
+        ({"bbox": [[0, 1], [2, 3]]}, "`bbox` of"),
+        ({"bbox": {"x": 1}}, "`bbox` of.*'x'"),
+        ({"bbox": None}, "`bbox` of.*None"),
+        ({"bbox": [0, 0, np.inf, 1]}, "`bbox` of.*inf"),
+        ({"annotations": ["mug"]}, r"`annotations\[0\]` must be a dictionary.*'mug'"),
+        ({"annotations": "mug"}, "`annotations` must be a list.*'mug'"),
+        ({"annotations": {"bbox": []}}, "`annotations` must be a list"),
+    ],
+)
+def test_values_of_annotations_are_not_bent_to_fit(change, words):
+    entry = {"bbox": [0, 0, 10, 10], "category_id": 1}
+    own = {name: value for name, value in change.items() if name in entry}
+    rest = {name: value for name, value in change.items() if name not in entry}
+    annotation = {"image_id": "seven", "annotations": [entry | own, entry], **rest}
+    with pytest.raises(ValueError, match=f"seven.*{words}"):
+        SgtrImageProcessor()(make_picture(), annotations=annotation)
+
+
+@pytest.mark.parametrize("relations", [[[0, 2, 3], [2, 0, 1]], [[0.0, 2.0, 3.0], [2.0, 0, 1]]])
+@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor])
+def test_relations_may_be_arrays(relations, kind):
+    entries = [{"bbox": kind([0, 0, 9, 9]), "category_id": number} for number in (0, 1.0, 2)]
+    annotation = {"image_id": 7, "annotations": entries, "relations": kind(relations)}
+    labels = SgtrImageProcessor()(make_picture(), annotations=annotation).labels[0]
+    assert labels["relations"].tolist() == [[0, 2, 3], [2, 0, 1]]
+    assert labels["class_labels"].tolist() == [0, 1, 2]
+    for none in ([], np.zeros((0, 3)), torch.zeros(0, 3), None):
+        annotation["relations"] = none
+        labels = SgtrImageProcessor()(make_picture(), annotations=annotation).labels[0]
+        assert labels["relations"].shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("annotations", "words"),
+    [
+        ("a", "`annotations` must be a dictionary, or a list"),
+        (7, "`annotations` must be a dictionary, or a list"),
+        (["mug"], r"`annotations\[0\]` must be a dictionary.*'mug'"),
+    ],
+)
+def test_annotations_are_dictionaries(annotations, words):
+    with pytest.raises(TypeError, match=words):
+        SgtrImageProcessor()(make_picture(), annotations=annotations)
+
+
 def test_counts_must_agree():
     with pytest.raises(ValueError, match="2 images"):
         SgtrImageProcessor()([make_picture()] * 2, annotations=[ANNOTATION])
+
+
+WRONG_SETTINGS = [
+    ({"image_std": [0, 0, 0]}, ValueError, "`image_std` must be 3 numbers above 0"),
+    ({"image_std": -1.0}, ValueError, "`image_std` must be 3 numbers above 0"),
+    ({"image_mean": [np.nan] * 3}, ValueError, "`image_mean` must be 3 finite numbers.*nan"),
+    ({"image_mean": [0.5, 0.5]}, ValueError, "`image_mean` must be 3 finite numbers"),
+    ({"image_mean": "abc"}, ValueError, "`image_mean` must be 3 finite numbers.*'abc'"),
+    ({"rescale_factor": -1.0}, ValueError, "`rescale_factor` must be above 0.*-1.0"),
+    ({"rescale_factor": "a"}, TypeError, "`rescale_factor` must be a number.*'a'"),
+    ({"size": {"shortest_edge": -3}}, ValueError, "`size` must have.*-3 as its shortest_edge"),
+    ({"size": {"height": 2.5, "width": 4}}, ValueError, "`size` must have.*2.5 as its height"),
+    ({"pad_size": {"height": 0, "width": 4}}, ValueError, "`pad_size` must have.*0 as its height"),
+    ({"do_resize": "no"}, TypeError, "`do_resize` must be True or False, got 'no'"),
+    ({"resample": 9}, ValueError, "`resample` must be one of.*9"),
+]
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+@pytest.mark.parametrize(("settings", "error", "words"), WRONG_SETTINGS)
+def test_wrong_settings_are_errors_at_construction(processor, settings, error, words):
+    with pytest.raises(error, match=words):
+        processor(**settings)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("order", ["BGR", "gbr", 1])
+def test_other_channel_orders_are_errors(backend, order):
+    with pytest.raises(ValueError, match=f"`channel_order` must be one of .*{order!r}"):
+        backend(channel_order=order)
+    with pytest.raises(TypeError, match="`legacy_open_border` must be True or False"):
+        backend(legacy_open_border="no")
+    with pytest.raises(ValueError, match="`legacy_box_offset` must be finite"):
+        backend(legacy_box_offset=np.inf)
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_settings_of_a_call_are_checked_too(processor):
+    with pytest.raises(ValueError, match="`image_std` must be 3 numbers above 0"):
+        processor()(make_picture(), image_std=[0.0, 0.0, 0.0])
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_unknown_settings_are_errors_unless_a_file_has_them(tmp_path, processor):
+    with pytest.raises(TypeError, match=r"has no setting channel_ordr; it has .*size"):
+        processor(channel_ordr="bgr")
+    # Of another version of this package or of transformers.
+    stored = processor().to_dict() | {"later": 1, "processor_class": "X", "auto_map": {}}
+    assert processor.from_dict(stored).later == 1
+    assert processor(processor_class="X").to_dict() == processor().to_dict()
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+@pytest.mark.parametrize("value", [0.5, [0.5], (0.5,), [0.5, 0.5, 0.5]])
+def test_one_number_counts_for_all_channels(tmp_path, processor, value):
+    made = processor(image_mean=value, image_std=value)
+    assert made.image_mean == made.image_std == (0.5, 0.5, 0.5)
+    made.save_pretrained(tmp_path)
+    assert processor.from_pretrained(tmp_path).to_dict() == made.to_dict()
+    expected = processor(image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    found, wanted = (one(make_picture(), return_tensors="pt") for one in (made, expected))
+    assert torch.equal(found.pixel_values, wanted.pixel_values)
+    called = processor()(make_picture(), image_mean=value, image_std=value, return_tensors="pt")
+    assert torch.equal(called.pixel_values, wanted.pixel_values)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pixels_are_floats_without_rescaling_too(backend):
+    processor = backend(do_rescale=False, do_normalize=False, do_resize=False)
+    values = processor(make_picture(), return_tensors="pt").pixel_values
+    assert values.dtype == torch.float32
+    assert torch.equal(values[0], torch.tensor(np.asarray(make_picture())).permute(2, 0, 1))
+
+
+def encoded(picture):
+    content = io.BytesIO()
+    picture.save(content, "PNG")
+    return content.getvalue()
+
+
+@contextlib.contextmanager
+def serve(replies):
+    """Serve contents by path: bytes, or a status."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            reply = replies[self.path]
+            is_content = isinstance(reply, bytes)
+            self.send_response(200 if is_content else reply)
+            self.end_headers()
+            self.wfile.write(reply if is_content else b"<html>no</html>")
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def test_pictures_are_read_from_urls():
+    replies = {"/good": encoded(make_picture()), "/gone": 404, "/busy": 503, "/page": b"<html>"}
+    with serve(replies) as address:
+        assert np.array_equal(read_image(f"{address}/good", timeout=30), make_picture())
+        for path, words in (("gone", "404 Not Found"), ("busy", "503"), ("page", "no format of")):
+            with pytest.raises(ValueError, match=f"{address}/{path} cannot be read.*{words}"):
+                read_image(f"{address}/{path}", timeout=30)
+        # The server does not speak TLS.
+        secure = address.replace("http", "https")
+        with pytest.raises(ValueError, match=f"{secure}/good cannot be read.*download failed"):
+            read_image(f"{secure}/good", timeout=30)
+    with pytest.raises(ValueError, match=f"{address}/good cannot be read.*download failed"):
+        read_image(f"{address}/good", timeout=30)
+
+
+def test_a_server_that_keeps_silent_is_an_error():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/a.png"
+        with pytest.raises(ValueError, match=f"{url} cannot be read.*Timeout"):
+            read_image(url, timeout=0.2)
+
+
+@pytest.mark.parametrize("url", ["http://", "http://[::1", "http://a..b/c.png"])
+def test_addresses_that_are_none(url):
+    with pytest.raises(ValueError, match="cannot be read as a picture: the download failed"):
+        read_image(url, timeout=5)
+
+
+@pytest.mark.parametrize(
+    ("timeout", "error"),
+    [("x", TypeError), (True, TypeError), (-1, ValueError), (0, ValueError), (np.nan, ValueError)],
+)
+def test_the_timeout_is_a_positive_number(tmp_path, timeout, error):
+    make_picture().save(tmp_path / "a.png")
+    for source in (tmp_path / "a.png", "http://127.0.0.1:9/a.png"):
+        with pytest.raises(error, match=f"`timeout` must be a number.*{timeout}"):
+            read_image(source, timeout=timeout)
+
+
+def test_contents_of_files_are_read():
+    content = encoded(make_picture())
+    text = base64.b64encode(content).decode()
+    for source in (content, bytearray(content), text, f"data:image/png;base64,{text}"):
+        assert np.array_equal(read_image(source), make_picture())
+
+
+def test_messages_do_not_hold_contents(tmp_path):
+    for source in (b"\x00\xff" * 5000, "a" * 50_000, "data:image/png;base64," + "a" * 50_000):
+        with pytest.raises(ValueError, match="cannot be read as a picture") as caught:
+            read_image(source)
+        assert len(str(caught.value)) < 400
+    with pytest.raises(ValueError, match="it is a folder or a device"):
+        read_image(tmp_path)
+
+
+def test_contents_above_the_limit_are_refused(monkeypatch):
+    content = encoded(Image.new("RGB", (30, 30)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    for source in (content, base64.b64encode(content).decode()):
+        with pytest.raises(ValueError, match="limit of 100 pixels"):
+            read_image(source)
+
+
+def test_tensors_of_training_are_read():
+    values = torch.from_numpy(np.asarray(make_picture()).copy()).permute(2, 0, 1) / 255
+    for tensor in (values.clone().requires_grad_(), values.bfloat16(), values.half()):
+        found = np.asarray(read_image(tensor)).astype(int)
+        assert np.abs(found - np.asarray(make_picture())).max() <= 1
+
+
+def test_colours_multiplied_by_opacity_are_read():
+    picture = make_picture().convert("LA").convert("La")
+    assert np.array_equal(read_image(picture), make_picture().convert("L").convert("RGB"))

@@ -138,3 +138,16 @@ def test_a_damaged_file_of_weights_is_a_clear_error(checkpoint_folder, tmp_path)
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ValueError, match="damaged or cut off"):
         sgtr_hf.SgtrForSceneGraphGeneration.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"top_k": "a"}, {"top_k": 1.5}, {"threshold": None}, {"graph_constraint": "no"}]
+)
+def test_arguments_are_checked_before_the_model_runs(checkpoint_folder, arguments):
+    with pytest.raises((TypeError, ValueError), match=f"`{next(iter(arguments))}`"):
+        pipeline("scene-graph", model=str(checkpoint_folder), **arguments)
+
+
+def test_the_content_of_a_file_is_a_picture(generate, tmp_path):
+    make_picture().save(tmp_path / "picture.png")
+    assert generate((tmp_path / "picture.png").read_bytes()) == generate(make_picture())

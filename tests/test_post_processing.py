@@ -8,7 +8,13 @@ from safetensors.torch import load_file
 from make_fixtures import FIXTURES
 from recorded_triplets import assert_kept
 from sgtr_hf.boxes import box_cxcywh_to_xyxy, box_iou, scale_boxes
-from sgtr_hf.post_processing import LINKS, LegacyRules, detect_objects, find_scene_graphs
+from sgtr_hf.post_processing import (
+    LINKS,
+    LegacyRules,
+    check_arguments,
+    detect_objects,
+    find_scene_graphs,
+)
 
 
 NUM_ENTITIES, NUM_QUERIES, NUM_CLASSES, NUM_PREDICATES = 8, 12, 3, 4
@@ -200,6 +206,86 @@ def test_wrong_arguments(arguments, field):
         find_scene_graphs(random_outputs(), None, **arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"top_k": "a"}, TypeError, "`top_k` must be a whole number from 1, got 'a'"),
+        ({"top_k": None}, TypeError, "`top_k` must be a whole number from 1, got None"),
+        ({"top_k": 1.5}, TypeError, "`top_k` must be a whole number from 1, got 1.5"),
+        ({"top_k": np.nan}, TypeError, "`top_k` must be a whole number from 1, got nan"),
+        ({"top_k": True}, TypeError, "`top_k` must be a whole number from 1, got True"),
+        ({"labels_per_entity": "a"}, TypeError, "`labels_per_entity` must be a whole number"),
+        ({"labels_per_entity": 1.5}, TypeError, "`labels_per_entity` must be a whole number"),
+        ({"threshold": "a"}, TypeError, "`threshold` must be a number between 0 and 1, got 'a'"),
+        ({"threshold": None}, TypeError, "`threshold` must be a number between 0 and 1, got None"),
+        ({"threshold": np.nan}, ValueError, "`threshold` must be between 0 and 1, got nan"),
+        ({"duplicate_threshold": "a"}, TypeError, "`duplicate_threshold` must be a number"),
+        ({"graph_constraint": "no"}, TypeError, "`graph_constraint` must be True or False.*'no'"),
+        ({"graph_constraint": None}, TypeError, "`graph_constraint` must be True or False"),
+    ],
+)
+def test_arguments_of_wrong_types(arguments, error, words):
+    with pytest.raises(error, match=words):
+        find_scene_graphs(random_outputs(), None, **arguments)
+    with pytest.raises(error, match=words):
+        check_arguments(**arguments)
+
+
+def test_numbers_of_numpy_are_numbers():
+    arguments = {
+        "threshold": np.float32(0.1),
+        "top_k": np.int64(5),
+        "labels_per_entity": np.int8(2),
+    }
+    found = find_scene_graphs(random_outputs(), None, **arguments)
+    plain = {name: value.item() for name, value in arguments.items()}
+    assert found == find_scene_graphs(random_outputs(), None, **plain)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("field", ["pred_boxes", "entity_probabilities"])
+def test_no_detections_of_outputs_that_are_not_finite(field, value):
+    outputs = random_outputs()
+    outputs[field][1, 2, 0] = value
+    for threshold in (0.0, 1.0):
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            detect_objects(outputs["entity_probabilities"], outputs["pred_boxes"], threshold, None)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        find_scene_graphs(outputs, None)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [[(-3, 4)] * 2, [(0, 4)] * 2, [(3, 4), (3,)], [("a", 4)] * 2, [(3, 4)], [3, 4], [None] * 2],
+)
+def test_sizes_are_pairs_of_at_least_a_pixel(sizes):
+    outputs = random_outputs()
+    with pytest.raises(ValueError, match="`target_sizes` must be one height and width an image"):
+        find_scene_graphs(outputs, sizes)
+    with pytest.raises(ValueError, match="`target_sizes` must be one height and width an image"):
+        detect_objects(outputs["entity_probabilities"], outputs["pred_boxes"], 0.5, sizes)
+
+
+@pytest.mark.parametrize("labels_per_entity", [1, 2])
+def test_given_entities_are_always_in_the_graph(labels_per_entity):
+    outputs = random_outputs()
+    outputs["entity_probabilities"] *= 0.1
+    outputs["entity_probabilities"][1, 5] = 0
+    arguments = {"threshold": 1.0, "labels_per_entity": labels_per_entity}
+    bare = find_scene_graphs(outputs, None, **arguments)
+    assert [len(graph.boxes_xyxy) for graph in bare] == [0, 0]
+    given = torch.zeros(2, NUM_ENTITIES, dtype=torch.bool)
+    given[0, [2, 3]] = given[1, 5] = True
+    graphs = find_scene_graphs(outputs | {"given_entities": given}, None, **arguments)
+    corners = box_cxcywh_to_xyxy(outputs["pred_boxes"]).clamp(0, 1)
+    for image, entities in ((0, [2, 3]), (1, [5])):
+        found = sorted(graphs[image].boxes_xyxy.tolist())
+        assert found == sorted(corners[image, entities].tolist())
+    # Those with relations are in it once.
+    whole = find_scene_graphs(outputs | {"given_entities": given | True}, None)
+    assert [len(graph.boxes_xyxy) for graph in whole] == [NUM_ENTITIES, NUM_ENTITIES]
+
+
 def test_wrong_number_of_sizes():
     with pytest.raises(ValueError, match="target_sizes"):
         find_scene_graphs(random_outputs(), [(10, 10)])
@@ -214,6 +300,13 @@ def test_detections_are_sorted_and_cut():
         assert (detection["scores"] > 0.6).all()
         assert torch.equal(detection["scores"], detection["scores"].sort(descending=True).values)
         assert detection["boxes"].shape == (len(detection["labels"]), 4)
+
+
+def test_detections_of_outputs_with_gradients():
+    outputs = random_outputs()
+    probabilities = outputs["entity_probabilities"].requires_grad_()
+    assert len(detect_objects(probabilities, outputs["pred_boxes"], 0.5, None)) == 2
+    assert detect_objects(probabilities[:0], outputs["pred_boxes"][:0], 0.5, None) == []
 
 
 def test_a_box_can_have_several_classes():
@@ -235,7 +328,7 @@ def test_a_box_can_have_several_classes():
         assert detection["labels"].tolist() == labels
         corners = box_cxcywh_to_xyxy(boxes[image, queries]).clamp(0, 1)
         torch.testing.assert_close(detection["boxes"], corners)
-    with pytest.raises(ValueError, match="`top_k` must be above 0, got 0"):
+    with pytest.raises(ValueError, match="`top_k` must be at least 1, got 0"):
         detect_objects(probabilities, boxes, 0.0, None, top_k=0)
 
 

@@ -57,6 +57,17 @@ def test_a_batch_equals_single_pictures(generate):
         assert one.scores == pytest.approx(other.scores, abs=1e-5)
 
 
+@pytest.mark.parametrize("count", [1, 40])
+def test_given_boxes_are_all_in_the_graph(generate, count):
+    # Small boxes in the sky, of which the model says that nothing is there.
+    boxes = [[5 + 10 * index, 5, 12 + 10 * index, 12] for index in range(count)]
+    graph = generate(PICTURE, boxes=boxes)
+    assert graph.num_entities == count
+    first, second = generate([{"image": PICTURE, "boxes": boxes[: 1 + n]} for n in range(2)],
+                             batch_size=2)  # fmt: skip
+    assert (first.num_entities, second.num_entities) == (1, min(2, count))
+
+
 def test_the_demo_command(tmp_path, capsys):
     output = tmp_path / "graph.json"
     assert main(["predict", PICTURE, "--output", str(output)]) == 0

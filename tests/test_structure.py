@@ -35,6 +35,7 @@ ALLOWED = {
     "copy",
     "dataclasses",
     "functools",
+    "io",
     "itertools",
     "json",
     "math",

@@ -96,29 +96,32 @@ def detect_objects(
         For each image "scores" (E,), "labels" (E,) and "boxes" (E, 4) as x1, y1, x2, y2.
 
     Raises:
-        ValueError: If `threshold` is not in [0, 1] or `top_k` is not above 0.
+        ValueError: If outputs are not finite, or an argument is out of range.
+        TypeError: If an argument is of the wrong type.
     """
     _check_probability("threshold", threshold)
-    entities = _read_entities(probabilities, pred_boxes, target_sizes, legacy)
+    if top_k is not None:
+        _check_count("top_k", top_k)
+    sizes = _size_list(target_sizes, len(probabilities))
+    entities = _read_entities(probabilities, pred_boxes, sizes, legacy)
     if top_k is None:
         scores, order = entities.scores.sort(dim=-1, descending=True, stable=True)
         labels = entities.labels.gather(1, order)
     else:
-        if top_k < 1:
-            raise ValueError(f"`top_k` must be above 0, got {top_k}.")
         num_classes = probabilities.shape[-1]
         pairs = probabilities.flatten(1)
         scores, order = pairs.topk(min(top_k, pairs.shape[1]), dim=-1)
         labels, order = order % num_classes, order // num_classes
     boxes = entities.boxes.gather(1, order[..., None].expand(-1, -1, 4))
-    counts = (scores > threshold).sum(-1).tolist()
+    num_found = (scores > threshold).sum(-1, keepdim=True)
+    counts, _ = _to_host(num_found, _find_breaks(probabilities, pred_boxes))
     return [
         {
             "scores": scores[image, :count],
             "labels": labels[image, :count],
             "boxes": boxes[image, :count],
         }
-        for image, count in enumerate(counts)
+        for image, count in enumerate(counts[:, 0].astype(int).tolist())
     ]
 
 
@@ -147,7 +150,8 @@ def find_scene_graphs(  # noqa: PLR0913 - an argument for each choice of the cal
             `subject_scores` and `object_scores` of a scene graph model; with
             `subject_log_correspondence` and `object_log_correspondence` of unified assembling, the
             best pairs of each query count, instead of the best entities of both roles rank with
-            rank.
+            rank; with `given_entities` (B, N), True for entities of the caller, these are in the
+            graph whatever their scores.
         target_sizes: (B, 2) height and width of the pictures; boxes in [0, 1] if None.
         threshold: Least score of a relation, in [0, 1].
         top_k: Most relations a graph.
@@ -162,22 +166,24 @@ def find_scene_graphs(  # noqa: PLR0913 - an argument for each choice of the cal
 
     Raises:
         ValueError: If outputs are not finite, or an argument is out of range.
+        TypeError: If an argument is of the wrong type.
     """
-    _check_probability("threshold", threshold)
-    _check_probability("duplicate_threshold", duplicate_threshold)
-    for name, number in (("top_k", top_k), ("labels_per_entity", labels_per_entity)):
-        if number < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {number}.")
+    check_arguments(
+        threshold=threshold,
+        top_k=top_k,
+        graph_constraint=graph_constraint,
+        duplicate_threshold=duplicate_threshold,
+        labels_per_entity=labels_per_entity,
+    )
     probabilities = outputs["entity_probabilities"]
     num_labels = min(labels_per_entity, probabilities.shape[-1])
-    detected = _read_entities(
-        probabilities, outputs["pred_boxes"], target_sizes, legacy, num_labels
-    )
-    entities = detected
+    sizes = _size_list(target_sizes, len(probabilities))
+    detected = _read_entities(probabilities, outputs["pred_boxes"], sizes, legacy, num_labels)
+    entities, rated = detected, probabilities
     if outputs.get("triplet_class_probabilities") is not None:
+        rated = outputs["triplet_class_probabilities"]
         # Calibration keeps the order of an entity's classes.
-        scores, _ = _likeliest(outputs["triplet_class_probabilities"], num_labels)
-        entities = detected._replace(scores=scores)
+        entities = detected._replace(scores=_likeliest(rated, num_labels)[0])
     overlap = entities.overlap(legacy)
     predicates = outputs["predicate_probabilities"]
     roles = (outputs["subject_scores"], outputs["object_scores"])
@@ -196,37 +202,57 @@ def find_scene_graphs(  # noqa: PLR0913 - an argument for each choice of the cal
     # What stays comes first, still best first.
     order = (~kept).long().argsort(dim=-1, stable=True)[:, :top_k]
     chosen = _Triplets(*(field.gather(1, order) for field in triplets))
-    distributions = predicates.gather(
-        1, chosen.query[..., None].expand(-1, -1, predicates.shape[-1])
+    image = torch.arange(len(order), device=order.device)[:, None]
+    *arrays, _ = _to_host(
+        *detected,
+        _are_sure(detected, outputs.get("given_entities")),
+        *chosen[:3],
+        chosen.score,
+        kept.gather(1, order),
+        predicates[image, chosen.query],
+        _find_breaks(rated, outputs["pred_boxes"], predicates),
     )
-    arrays = _to_host(*detected, *chosen[:3], chosen.score, kept.gather(1, order), distributions)
-    sizes = [(1, 1)] * len(arrays[0]) if target_sizes is None else _size_list(target_sizes)
     return [
-        _build_graph([array[image] for array in arrays], sizes[image], names)
-        for image in range(len(sizes))
+        _build_graph([array[image] for array in arrays], size, names)
+        for image, size in enumerate(sizes or [(1, 1)] * len(probabilities))
     ]
+
+
+def check_arguments(
+    *,
+    threshold: Any = 0.0,
+    top_k: Any = 100,
+    graph_constraint: Any = False,
+    duplicate_threshold: Any = DUPLICATE_IOU,
+    labels_per_entity: Any = 1,
+) -> None:
+    """Check arguments of `find_scene_graphs`, also for callers who do so before a model runs.
+
+    Raises:
+        ValueError: If one is out of range.
+        TypeError: If one is of the wrong type.
+    """
+    _check_probability("threshold", threshold)
+    _check_probability("duplicate_threshold", duplicate_threshold)
+    _check_count("top_k", top_k)
+    _check_count("labels_per_entity", labels_per_entity)
+    if not isinstance(graph_constraint, (bool, np.bool_)):
+        raise TypeError(f"`graph_constraint` must be True or False, got {graph_constraint!r}.")
 
 
 def _read_entities(
     probabilities: Tensor,
     pred_boxes: Tensor,
-    target_sizes: TargetSizes,
+    sizes: list[tuple[int, int]] | None,
     legacy: LegacyRules,
     num_labels: int = 1,
 ) -> _Entities:
     scores, labels = _likeliest(probabilities, num_labels)
     boxes = box_cxcywh_to_xyxy(pred_boxes.float(), legacy.box_offset)
     if not legacy.open_border:
-        # A NaN stays one, so that it is found below.
-        boxes = torch.minimum(torch.maximum(boxes, boxes.new_zeros(())), boxes.new_ones(()))
-    if target_sizes is not None:
-        sizes = torch.as_tensor(np.asarray(_size_list(target_sizes)), device=boxes.device)
-        if len(sizes) != len(boxes):
-            raise ValueError(
-                f"`target_sizes` must have one height and width an image, got {len(sizes)} for "
-                f"{len(boxes)} images."
-            )
-        boxes = scale_boxes(boxes, sizes)
+        boxes = boxes.clamp(0, 1)
+    if sizes is not None:
+        boxes = scale_boxes(boxes, torch.as_tensor(np.asarray(sizes), device=boxes.device))
     return _Entities(scores, labels, boxes.repeat(1, num_labels, 1))
 
 
@@ -386,15 +412,30 @@ def _keep_first_of_duplicates(
     return kept
 
 
+def _are_sure(entities: _Entities, given: Tensor | None) -> Tensor:
+    """(B, L * N), True for entities that are in the graph without a relation too."""
+    is_sure = entities.scores >= ENTITY_THRESHOLD
+    if given is not None:
+        # With their likeliest class.
+        is_sure[:, : given.shape[1]] |= given.to(is_sure)
+    return is_sure
+
+
+def _find_breaks(*outputs: Tensor) -> Tensor:
+    """(B, F), 0 for an output (B, ...) that is finite and NaN for others."""
+    return torch.stack([(output.float() * 0).flatten(1).sum(1) for output in outputs], dim=1)
+
+
 def _to_host(*tensors: Tensor) -> list[np.ndarray]:
     """Copy (B, ...) tensors at once; float32 holds every index exactly."""
-    flat = torch.cat([tensor.float().flatten(1) for tensor in tensors], dim=1).cpu().numpy()
+    joined = torch.cat([tensor.float().flatten(1) for tensor in tensors], dim=1)
+    flat = joined.detach().cpu().numpy()
     if not np.isfinite(flat).all():
         raise ValueError(
             "The model's outputs hold NaN or infinity; its weights are broken (a diverged "
             "training, or a damaged file) or the picture held NaN."
         )
-    ends = np.cumsum([tensor[0].numel() for tensor in tensors])
+    ends = np.cumsum([tensor.shape[1:].numel() for tensor in tensors])
     parts = np.split(flat, ends[:-1], axis=1)
     return [part.reshape(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
@@ -405,10 +446,10 @@ def _build_graph(
     names: tuple[Mapping[int, str] | None, Mapping[int, str] | None],
 ) -> SceneGraph:
     """Number the entities of a graph by score, and its relations accordingly."""
-    scores, labels, boxes, subject, object_, predicate, triplet_scores, kept, distributions = arrays
+    scores, labels, boxes, sure, *triplets, triplet_scores, kept, distributions = arrays
     rows = np.flatnonzero(kept)
-    relations = np.stack((subject, object_, predicate), axis=1)[rows].astype(np.int64)
-    used = np.union1d(relations[:, :2], np.flatnonzero(scores >= ENTITY_THRESHOLD)).astype(np.int64)
+    relations = np.stack(triplets, axis=1)[rows].astype(np.int64)
+    used = np.union1d(relations[:, :2], np.flatnonzero(sure)).astype(np.int64)
     used = used[np.argsort(-scores[used], kind="stable")]
     position = np.zeros(len(scores), dtype=np.int64)
     position[used] = np.arange(len(used))
@@ -426,10 +467,33 @@ def _build_graph(
     )
 
 
-def _size_list(target_sizes: Tensor | Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    return [(int(height), int(width)) for height, width in target_sizes]
+def _size_list(target_sizes: TargetSizes, num_images: int) -> list[tuple[int, int]] | None:
+    """Check sizes, and copy them to the host at once."""
+    if target_sizes is None:
+        return None
+    rows = target_sizes.tolist() if isinstance(target_sizes, Tensor) else target_sizes
+    try:
+        sizes = np.asarray([[float(side) for side in row] for row in rows])
+    except (TypeError, ValueError):
+        sizes = np.empty(0)
+    if sizes.shape != (num_images, 2) or not ((sizes >= 1) & (sizes < np.inf)).all():
+        raise ValueError(
+            "`target_sizes` must be one height and width an image, in pixels and at least 1, for "
+            f"{num_images} images, got {rows!r:.200}."
+        )
+    return [(int(height), int(width)) for height, width in sizes]
 
 
-def _check_probability(name: str, value: float) -> None:
+def _check_probability(name: str, value: Any) -> None:
+    is_number = isinstance(value, (int, float, np.integer, np.floating))
+    if not is_number or isinstance(value, bool):
+        raise TypeError(f"`{name}` must be a number between 0 and 1, got {value!r}.")
     if not 0 <= value <= 1:
         raise ValueError(f"`{name}` must be between 0 and 1, got {value}.")
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+        raise TypeError(f"`{name}` must be a whole number from 1, got {value!r}.")
+    if value < 1:
+        raise ValueError(f"`{name}` must be at least 1, got {value}.")

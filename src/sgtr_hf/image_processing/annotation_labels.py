@@ -10,6 +10,8 @@ from transformers.utils import logging
 from ..boxes import box_xyxy_to_cxcywh
 
 
+_COUNT_LIMIT = 2**31
+
 logger = logging.get_logger(__name__)
 
 
@@ -27,12 +29,13 @@ def make_labels(
         size: Height and width after resizing.
 
     Raises:
-        ValueError: If an entry is missing or points to nothing.
+        ValueError: If an entry is missing, holds something else than numbers or points to nothing.
     """
     image_id = annotation.get("image_id")
     entries = annotation.get("annotations")
     if entries is None:
         raise ValueError(f"The annotation of image {image_id} lacks `annotations`.")
+    _check_entries(entries, image_id)
     height, width = original_size
     limits = np.array([width, height, width, height], dtype=np.float64)
     boxes = _boxes(entries, image_id)
@@ -53,41 +56,87 @@ def make_labels(
     }
 
 
+def _check_entries(entries: Any, image_id: Any) -> None:
+    if isinstance(entries, (str, Mapping)) or not isinstance(entries, Sequence):
+        raise ValueError(
+            f"Image {image_id}: `annotations` must be a list with a dictionary for each entity, "
+            f"got {_shown(entries)}."
+        )
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, Mapping):
+            raise ValueError(
+                f"Image {image_id}: `annotations[{number}]` must be a dictionary with `bbox` and "
+                f"`category_id`, got {_shown(entry)}."
+            )
+
+
 def _boxes(entries: Sequence[Mapping[str, Any]], image_id: Any) -> np.ndarray:
     """Return (T, 4) x, y, width, height, checked all at once: this runs for every image."""
     rows = [entry.get("bbox") for entry in entries]
-    try:
-        boxes = np.array(rows, dtype=np.float64).reshape(len(rows), 4)
-    except (TypeError, ValueError):
-        boxes = np.full((len(rows), 4), np.nan)
-    if np.isfinite(boxes).all():
-        return boxes
-    for row in rows:
-        if row is None or len(row) != 4 or not np.isfinite(row).all():  # noqa: PLR2004
+    boxes = _numbers(rows) if rows else np.zeros((0, 4))
+    if boxes is not None and boxes.shape == (len(rows), 4) and np.isfinite(boxes).all():
+        return boxes.astype(np.float64)
+    for number, row in enumerate(rows):
+        box = _numbers(row)
+        if box is None or box.shape != (4,) or not np.isfinite(box).all():
             raise ValueError(
-                f"Image {image_id}: `bbox` must be four finite numbers x, y, width, height, got "
-                f"{row}."
+                f"Image {image_id}: `bbox` of `annotations[{number}]` must be four finite numbers "
+                f"x, y, width, height, got {_shown(row)}."
             )
-    raise ValueError(f"Image {image_id}: each `bbox` must be four numbers, got {rows}.")
+    return np.array([_numbers(row) for row in rows], dtype=np.float64)
 
 
 def _class(entry: Mapping[str, Any], image_id: Any) -> int:
     label = entry.get("category_id")
-    if label is None or int(label) < 0:
-        raise ValueError(f"Image {image_id}: `category_id` must count from 0, got {label}.")
-    return int(label)
+    number = None if isinstance(label, (bool, str)) else _numbers(label)
+    if number is None or number.shape != () or not _are_counts(number):
+        raise ValueError(
+            f"Image {image_id}: `category_id` must be a whole number and count from 0, got "
+            f"{_shown(label)}."
+        )
+    return int(number)
 
 
 def _relations(annotation: Mapping[str, Any], num_entities: int, image_id: Any) -> np.ndarray:
-    relations = np.array(annotation.get("relations") or [], dtype=np.int64).reshape(-1, 3)
-    is_outside = (relations[:, :2] < 0) | (relations[:, :2] >= num_entities)
-    if is_outside.any() or (relations[:, 2] < 0).any():
-        row = relations[(is_outside.any(1)) | (relations[:, 2] < 0)][0].tolist()
+    rows = annotation.get("relations")
+    # Another number of columns must not pass for triplets by being reshaped.
+    table = _numbers([] if rows is None else rows)
+    if table is not None and len(table.shape) and len(table) == 0:
+        return np.zeros((0, 3), dtype=np.int64)
+    if table is None or table.ndim != 2 or table.shape[1] != 3:  # noqa: PLR2004
         raise ValueError(
-            f"Image {image_id}: the relation {row} (subject, object, predicate) points to a "
-            f"missing entity or a negative predicate; there are {num_entities} entities from 0."
+            f"Image {image_id}: `relations` must be rows of three whole numbers (subject, object, "
+            f"predicate), got {_shown(rows)}."
         )
-    return relations
+    is_right = np.stack([_are_counts(column) for column in table.T], axis=1)
+    is_right[:, :2] &= table[:, :2] < num_entities
+    if not is_right.all():
+        row = table[~is_right.all(axis=1)][0].tolist()
+        raise ValueError(
+            f"Image {image_id}: the relation {row} (subject, object, predicate) of `relations` "
+            "is not of whole numbers, or points to a missing entity or a negative predicate; "
+            f"there are {num_entities} entities from 0."
+        )
+    return table.astype(np.int64)
+
+
+def _numbers(values: Any) -> np.ndarray | None:
+    """Make an array of lists, arrays or tensors; None if they hold something else than numbers."""
+    try:
+        array = np.asarray(values.detach().cpu() if isinstance(values, torch.Tensor) else values)
+    except (TypeError, ValueError):
+        return None
+    return array if array.dtype.kind in "iuf" else None
+
+
+def _are_counts(numbers: np.ndarray) -> np.ndarray:
+    """Which numbers are whole, not negative, and small enough for tensors."""
+    return np.asarray((numbers >= 0) & (numbers < _COUNT_LIMIT) & (numbers == np.floor(numbers)))
+
+
+def _shown(value: Any) -> str:
+    """A value as it was given, cut off where it would fill the screen."""
+    return f"{value!r:.100}"
 
 
 def _remap(relations: np.ndarray, is_kept: np.ndarray, image_id: Any) -> np.ndarray:

@@ -8,8 +8,10 @@ from transformers.image_utils import (
 )
 from transformers.utils.import_utils import is_torchvision_available
 
+from .processor_settings import CheckedSettings
 
-class _DinoVitImageProcessing:
+
+class _DinoVitImageProcessing(CheckedSettings):
     """What DINO (Caron et al. 2021) evaluates with; both backends share it."""
 
     resample = PILImageResampling.BICUBIC

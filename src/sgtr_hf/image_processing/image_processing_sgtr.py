@@ -22,6 +22,7 @@ from ..post_processing import DUPLICATE_IOU, LegacyRules, detect_objects, find_s
 from ..scene_graph import SceneGraph
 from .annotation_labels import make_labels
 from .picture_reading import check_pixels, read_image
+from .processor_settings import CheckedSettings
 
 
 class SgtrImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -46,7 +47,7 @@ class SgtrImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-
     legacy_round_sides: bool | None
 
 
-class _SgtrImageProcessing:
+class _SgtrImageProcessing(CheckedSettings):
     """What both backends share; boxes are relative to the image without its padding.
 
     (The DETR processor of transformers relates boxes to the padded image instead, so that they
@@ -93,8 +94,9 @@ class _SgtrImageProcessing:
             to the image, relations (R, 3), image_id, orig_size and size (height, width).
 
         Raises:
-            ValueError: If a picture cannot be read, or an annotation points outside.
-            TypeError: If something is not a picture.
+            ValueError: If a picture cannot be read, or an annotation points outside or holds
+                something else than numbers.
+            TypeError: If something is not a picture, an annotation or of a setting's type.
         """
         pictures = images if isinstance(images, (list, tuple)) else [images]
         if not pictures:
@@ -102,11 +104,8 @@ class _SgtrImageProcessing:
         pictures = [read_image(picture) for picture in pictures]
         if isinstance(annotations, Mapping):
             annotations = [annotations]
-        if annotations is not None and len(annotations) != len(pictures):
-            raise ValueError(
-                f"`annotations` must have one entry an image, got {len(annotations)} for "
-                f"{len(pictures)} images."
-            )
+        if annotations is not None:
+            _check_annotations(annotations, len(pictures))
         return super().preprocess(pictures, annotations, **kwargs)  # type: ignore[misc]
 
     def _preprocess(  # noqa: PLR0913 - transformers passes every setting by name
@@ -181,6 +180,7 @@ class _SgtrImageProcessing:
 
         Raises:
             ValueError: If outputs are not finite, sizes do not fit, or an argument is out of range.
+            TypeError: If an argument is of the wrong type.
         """
         return detect_objects(
             outputs["entity_probabilities"],
@@ -220,6 +220,7 @@ class _SgtrImageProcessing:
 
         Raises:
             ValueError: If outputs are not finite or an argument is out of range.
+            TypeError: If an argument is of the wrong type.
         """
         return find_scene_graphs(
             outputs,
@@ -290,8 +291,29 @@ if is_torchvision_available():
                     group = self.resize(group, size=size, resample=resample)
                 if channel_order == "bgr":
                     group = group.flip(-3)
-                groups[shape] = self.rescale_and_normalize(group, *normalization)
+                # Floats even where neither is done.
+                groups[shape] = self.rescale_and_normalize(group, *normalization).float()
             return list(reorder_images(groups, positions))
+
+
+def _check_annotations(annotations: Any, num_images: int) -> None:
+    """Reject what is not one dictionary an image."""
+    if isinstance(annotations, str) or not isinstance(annotations, Sequence):
+        raise TypeError(
+            "`annotations` must be a dictionary, or a list of one for each image, got "
+            f"{type(annotations).__name__}."
+        )
+    if len(annotations) != num_images:
+        raise ValueError(
+            f"`annotations` must have one entry an image, got {len(annotations)} for "
+            f"{num_images} images."
+        )
+    for number, annotation in enumerate(annotations):
+        if not isinstance(annotation, Mapping):
+            raise TypeError(
+                f'`annotations[{number}]` must be a dictionary with "image_id", "annotations" and '
+                f'"relations", got {annotation!r:.80}.'
+            )
 
 
 def _check_size(size: SizeDict | None) -> None:

@@ -52,6 +52,8 @@ class SgtrSceneGraphOutput(ModelOutput):
         entity_probabilities: (B, N, C), no-object removed.
         triplet_class_probabilities: The same, calibrated for the scores of triplets; None of given
             entities.
+        given_entities: (B, N) bool, True for the entities of the caller, False for padding; None of
+            detected ones.
         predicate_logits: (B, Q, P), or (B, Q, P + 1) with background first for a softmax head.
         predicate_probabilities: (B, Q, P), background removed.
         relation_vectors: (B, Q, 4) centres of subject and object: x, y, x, y.
@@ -74,6 +76,7 @@ class SgtrSceneGraphOutput(ModelOutput):
     pred_boxes: Tensor | None = None
     entity_probabilities: Tensor | None = None
     triplet_class_probabilities: Tensor | None = None
+    given_entities: Tensor | None = None
     predicate_logits: Tensor | None = None
     predicate_probabilities: Tensor | None = None
     relation_vectors: Tensor | None = None

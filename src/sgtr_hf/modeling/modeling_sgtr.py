@@ -24,11 +24,7 @@ from ..losses.scene_graph_loss import (
     scene_graph_losses,
 )
 from ..losses.triplet_matching_costs import legacy_triplet_matching, triplet_matching_costs
-from ..losses.triplet_predictions import (
-    TripletPredictions,
-    count_repetitions,
-    repeat_relations,
-)
+from ..losses.triplet_predictions import TripletPredictions, count_repetitions, repeat_relations
 from .backbone_freezing import FreezablePreTrainedModel
 from .detection_outputs import EntityLevels, SgtrDetrModelOutput
 from .entity_decoder import ImageMemory
@@ -228,7 +224,7 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
         triplets = self.read_levels(
             nodes, nodes.triplets, image_sizes, all_levels=annotations is not None
         )
-        output = self._summarize(nodes.entity_levels, triplets, is_given=given is not None)
+        output = self._summarize(nodes.entity_levels, triplets, given=given)
         if annotations is not None:
             losses = self.losses(nodes, triplets, image_sizes, annotations)
             # An output that gets fields afterwards would not list them among its items.
@@ -479,12 +475,12 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
         return {name.replace("loss_", "loss_denoising_", 1): loss for name, loss in losses.items()}
 
     def _summarize(
-        self, entities: EntityLevels, triplets: TripletPredictions, *, is_given: bool = False
+        self, entities: EntityLevels, triplets: TripletPredictions, given: GivenEntities | None
     ) -> SgtrSceneGraphOutput:
         """Make the public output, without losses."""
         config, logits = self.config, entities.logits[-1]
         probabilities = entity_probabilities(logits, config.detector.classification)
-        calibrated = None if is_given else triplet_class_probabilities(config, probabilities)
+        calibrated = triplet_class_probabilities(config, probabilities) if given is None else None
         *earlier, last = (
             {name: field[level] for name, field in triplets._asdict().items() if field is not None}
             for level in range(len(triplets.predicate_logits))
@@ -494,6 +490,7 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
             pred_boxes=entities.boxes[-1],
             entity_probabilities=probabilities,
             triplet_class_probabilities=calibrated,
+            given_entities=None if given is None else given.valid,
             predicate_probabilities=predicate_probabilities(config, last["predicate_logits"]),
             auxiliary_outputs=earlier or None,
             **last,

@@ -17,12 +17,14 @@ from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 from ..boxes import box_xyxy_to_cxcywh
 from ..image_processing.picture_reading import read_image
 from ..modeling.batch_norm_folding import FoldedInference
+from ..post_processing import check_arguments
 from ..scene_graph import SceneGraph
 
 
 _OUTPUT_FIELDS = (
     "entity_probabilities",
     "triplet_class_probabilities",
+    "given_entities",
     "pred_boxes",
     "predicate_probabilities",
     "subject_scores",
@@ -31,6 +33,8 @@ _OUTPUT_FIELDS = (
     "subject_log_correspondence",
     "object_log_correspondence",
 )
+# Kinds of one picture; everything else holds several.
+_PICTURE_KINDS = (str, bytes, bytearray, PathLike, Image.Image, np.ndarray, Tensor)
 # Given entities differ in number from picture to picture, so they stay lists.
 _LIST_FIELDS = ("entity_boxes", "entity_labels")
 _PREPROCESS_ARGUMENTS = ("timeout", "boxes", "labels")
@@ -57,7 +61,7 @@ class _Pictures(Dataset[Any]):
 
 
 def _is_sequence(inputs: Any) -> bool:
-    if isinstance(inputs, (list, dict, bytes, bytearray, Dataset)):
+    if isinstance(inputs, (list, dict, Dataset)):
         return False
     return hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__")
 
@@ -102,7 +106,7 @@ class SceneGraphPipeline(Pipeline):
             TypeError: If an argument is not known.
             ValueError: If a picture cannot be read.
         """
-        is_single = isinstance(inputs, (str, PathLike, Image.Image, np.ndarray, Tensor))
+        is_single = isinstance(inputs, _PICTURE_KINDS)
         if isinstance(inputs, tuple):
             inputs = list(inputs)
         elif isinstance(inputs, Iterator) and not isinstance(inputs, GeneratorType):
@@ -131,6 +135,7 @@ class SceneGraphPipeline(Pipeline):
             )
         preprocess = {name: kwargs[name] for name in _PREPROCESS_ARGUMENTS if name in kwargs}
         postprocess = {name: kwargs[name] for name in _POSTPROCESS_ARGUMENTS if name in kwargs}
+        check_arguments(**postprocess)
         return preprocess, {}, postprocess
 
     def preprocess(
