@@ -189,3 +189,23 @@ def test_a_checkpoint_loads_with_other_classes(tmp_path):
     assert model.config.num_labels == 2
     model.save_pretrained(tmp_path)
     assert SgtrDetrConfig.from_pretrained(tmp_path).id2label == other["id2label"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (SgtrDetrConfig, "num_querys"),
+        (SgtrConfig, "num_predicate_querys"),
+        (DinoVitConfig, "patchsize"),
+    ],
+)
+def test_a_misspelt_field_is_told(kind, name):
+    with pytest.raises(TypeError, match=f"no field `{name}`; did you mean"):
+        kind(**{name: 3})
+    # What transformers, or a file of another version, brings along.
+    kind(some_other_entry=3, name_or_path="x")
+
+
+def test_a_head_of_anchor_queries_has_an_even_width():
+    with pytest.raises((ValueError, StrictDataclassError), match="even share of `d_model`"):
+        SgtrDetrConfig(d_model=12, num_attention_heads=4, query_type="anchors")

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from conftest import random_labels, small_config
-from sgtr_hf import SgtrForSceneGraphGeneration
+from sgtr_hf import SgtrDetrForObjectDetection, SgtrForSceneGraphGeneration
+from sgtr_hf.losses import hungarian_matching
 from sgtr_hf.modeling.graph_assembling import assembling_scores
 
 
@@ -172,7 +173,6 @@ def test_more_relations_than_queries_is_an_error(pixel_values):
     [
         ("id2predicate", {0: "on", 2: "in"}),
         ("num_predicate_queries", 0),
-        ("assembling_top_k", -1),
         ("predicate_cost_weight", -0.5),
         ("dropout", 2),
         ("freeze_detector", "yes"),
@@ -244,3 +244,48 @@ def test_a_new_vocabulary_reaches_the_detector(tmp_path):
         assert config.label2id == {"cat": 0, "dog": 1}
     outputs = model(torch.zeros(1, 3, 64, 64))
     assert outputs.logits.shape[-1] == outputs.subject_logits.shape[-1] == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_all_that_trains_sgtr_plus_works_in_half_precision(pixel_values, dtype):
+    config = small_config({"num_denoising_groups": 2}, **PLUS, num_triplet_denoising_groups=2)
+    model = SgtrForSceneGraphGeneration(config).train().to(dtype)
+    assert torch.isfinite(model(pixel_values.to(dtype), labels=random_labels()).loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("fields", [{}, PLUS], ids=["rule-based", "unified"])
+def test_padding_of_given_entities_is_never_linked_nor_nan(fields, dtype):
+    model = SgtrForSceneGraphGeneration(small_config(**fields)).eval().to(dtype)
+    boxes = torch.rand(4, 4) * 0.3 + 0.2
+    given = [boxes, boxes[:0], boxes[:2]]
+    with torch.no_grad():
+        outputs = model(torch.rand(3, 3, 64, 64, dtype=dtype), entity_boxes=given)
+    for scores in (outputs.subject_scores, outputs.object_scores):
+        assert not scores.isnan().any()
+        assert (scores[1] == 0).all()
+        assert (scores[2, :, 2:] == 0).all()
+    assert outputs.given_entities.sum(1).tolist() == [4, 0, 2]
+
+
+def test_levels_without_a_loss_are_not_matched(pixel_values, monkeypatch):
+    solved = []
+    original = hungarian_matching.solve
+    monkeypatch.setattr(
+        hungarian_matching, "solve", lambda costs: solved.append(costs) or original(costs)
+    )
+    counts = []
+    for auxiliary in (True, False):
+        config = small_config({"auxiliary_loss": auxiliary}).detector
+        SgtrDetrForObjectDetection(config).train()(pixel_values, labels=random_labels())
+        counts.append(len(solved))
+        solved.clear()
+    assert counts == [4, 2]
+
+
+def test_more_queries_a_relation_need_pairs_for_them(pixel_values):
+    config = small_config(
+        {"num_queries": 4}, **PLUS, num_predicate_queries=40, auxiliary_assignments=9
+    )
+    model = SgtrForSceneGraphGeneration(config).train()
+    assert torch.isfinite(model(pixel_values, labels=random_labels()).loss)

@@ -4,6 +4,7 @@ from transformers import ResNetConfig
 
 from conftest import random_labels, small_detector_config
 from sgtr_hf import SgtrDetrForObjectDetection
+from sgtr_hf.modeling.prediction_heads import inverse_sigmoid
 
 
 VARIANTS = {
@@ -182,3 +183,21 @@ def test_images_without_entities_train(pixel_values):
     output = model(pixel_values, labels=labels)
     output.loss.backward()
     assert torch.isfinite(output.loss)
+
+
+def test_cells_of_every_level_can_grow():
+    backbone = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], layer_type="basic",
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    config = small_detector_config(backbone_config=backbone, select_queries=True)
+    model = SgtrDetrForObjectDetection(config)
+    sizes = model.model.encode(torch.rand(1, 3, 128, 128)).cells[0, :, 2]
+    assert sizes.unique().tolist() == pytest.approx([0.15, 0.3, 0.6])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_logit_of_the_whole_image_is_finite(dtype):
+    logits = inverse_sigmoid(torch.tensor([0.0, 0.5, 1.0], dtype=dtype))
+    assert logits.dtype == dtype
+    assert torch.isfinite(logits).all()

@@ -34,6 +34,7 @@ ALLOWED = {
     "contextlib",
     "copy",
     "dataclasses",
+    "difflib",
     "functools",
     "io",
     "itertools",

@@ -5,6 +5,7 @@ Comparisons ask for what is allowed, so that NaN, which is neither above nor bel
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from difflib import get_close_matches
 from typing import Any, cast
 
 from transformers import PreTrainedConfig
@@ -26,9 +27,25 @@ class CheckedConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Check the classes before transformers makes up names or turns keys into integers."""
+        self._reject_misspelt(kwargs)
         check_num_labels(kwargs)
         self.validate_labels()
         super().__post_init__(**kwargs)
+
+    def _reject_misspelt(self, others: Iterable[str]) -> None:
+        """Reject a name that is nearly one of a field; transformers stores what it does not know.
+
+        Others stay: files of configurations hold more than fields.
+        """
+        known = [field.name for field in fields(self)]
+        for name in others:
+            if name in self.attribute_map or hasattr(type(self), name):
+                continue
+            alike = get_close_matches(name, known, n=1, cutoff=0.85)
+            if alike:
+                raise TypeError(
+                    f"{type(self).__name__} has no field `{name}`; did you mean `{alike[0]}`?"
+                )
 
     def validate_activation(self) -> None:
         """Reject an activation that transformers does not know."""

@@ -69,8 +69,8 @@ class SgtrConfig(CheckedConfig):
         entity_class_embedding: Add a linear map of their class probabilities, too (ours).
         predicate_classification: "focal" is a sigmoid a predicate (Visual Genome), "softmax" has a
             background class in front (Open Images).
-        assembling_top_k: Entities kept a role and query at inference, paired rank with rank.
-        training_assembling_top_k: The same while matching in training.
+        training_assembling_top_k: Entities kept a role and query while matching in training, paired
+            rank with rank.
         assembling_exponent: Exponent of the confidence and of the class similarity; 0 leaves both
             out.
         assembling_distance_scale: Length in pixels that one image side stands for when the
@@ -164,7 +164,6 @@ class SgtrConfig(CheckedConfig):
     entity_box_embedding: bool = True
     entity_class_embedding: bool = False
     predicate_classification: Literal["focal", "softmax"] = "focal"
-    assembling_top_k: int = 3
     training_assembling_top_k: int = 25
     assembling_exponent: float | int = 0.6
     assembling_distance_scale: float | int = 512.0
@@ -274,7 +273,6 @@ class SgtrConfig(CheckedConfig):
             "predicate_decoder_layers",
             "num_predicate_queries",
             "num_attention_heads",
-            "assembling_top_k",
             "training_assembling_top_k",
             "pair_width",
             "auxiliary_assignments",

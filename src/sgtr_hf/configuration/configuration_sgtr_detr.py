@@ -143,6 +143,13 @@ class SgtrDetrConfig(CheckedConfig):
             self.d_model,
             f"divisible by 4 and by `num_attention_heads` ({self.num_attention_heads})",
         )
+        # Heads of anchor queries share out pairs of a sine and a cosine.
+        require(
+            self.query_type != "anchors" or self.d_model // self.num_attention_heads % 2 == 0,
+            "num_attention_heads",
+            self.num_attention_heads,
+            f"such that a head of anchor queries has an even share of `d_model` ({self.d_model})",
+        )
         require(
             self.frozen_backbone_stages >= -1,
             "frozen_backbone_stages",

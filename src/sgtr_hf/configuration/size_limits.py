@@ -22,7 +22,6 @@ _MOST = {
     "num_predicate_queries": 20_000,
     "num_denoising_groups": 1_000,
     "num_triplet_denoising_groups": 1_000,
-    "assembling_top_k": 20_000,
     "training_assembling_top_k": 20_000,
     "auxiliary_assignments": 1_000,
     "pair_width": 16_384,

@@ -109,4 +109,8 @@ def count_repetitions(config: SgtrConfig, annotations: PaddedAnnotations) -> Ten
     `auxiliary_assignments` times, or as often as there are queries for it.
     """
     num_relations = annotations.relation_valid.sum(1).clamp(min=1)
-    return (config.num_predicate_queries // num_relations).clamp(1, config.auxiliary_assignments)
+    num_queries = config.num_predicate_queries
+    if config.pair_queries:
+        # There are no more queries than pairs.
+        num_queries = min(num_queries, config.detector.num_queries**2)
+    return (num_queries // num_relations).clamp(1, config.auxiliary_assignments)

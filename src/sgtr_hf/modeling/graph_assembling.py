@@ -45,14 +45,18 @@ def assembling_scores(
     nearness = _nearness(config, centres, entity_corners, image_sizes)
     confidence = entity_probabilities.amax(dim=-1).pow(exponent)[:, None]
     likeness = torch.matmul(
-        nn.functional.normalize(indicator_probabilities, dim=-1),
-        nn.functional.normalize(entity_probabilities, dim=-1).transpose(-1, -2),
+        _unit(indicator_probabilities), _unit(entity_probabilities).transpose(-1, -2)
     ).pow(exponent)
     overlap = generalized_box_iou(
         box_cxcywh_to_xyxy(indicator_boxes, offset)[..., :, None, :],
         entity_corners[:, None],
     ).clamp(min=0)
     return nearness * confidence * likeness * overlap
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    """Bring vectors to length 1; zero stays, which the guard of float16 would round away."""
+    return nn.functional.normalize(vectors.float(), dim=-1).to(vectors.dtype)
 
 
 def _nearness(
@@ -123,9 +127,12 @@ class UnifiedAssembling(nn.Module):
         # The city-block distance of boxes that differ by their whole size is about one.
         distance = torch.cdist(boxes.detach().float(), entities.boxes.detach().float(), p=1.0)
         scores = similarity.float() - self.box_scale * distance
-        if entities.valid is not None:
-            scores = scores.masked_fill(~entities.valid[:, None], -torch.inf)
-        return scores.log_softmax(dim=-1)
+        if entities.valid is None:
+            return scores.log_softmax(dim=-1)
+        is_padding = ~entities.valid[:, None]
+        scores = scores.masked_fill(is_padding, torch.finfo(scores.dtype).min)
+        # An image without entities links to none: infinite scores alone would give NaN there.
+        return scores.log_softmax(dim=-1).masked_fill(is_padding, -torch.inf)
 
 
 def image_sizes_of(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:

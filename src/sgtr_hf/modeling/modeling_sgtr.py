@@ -209,8 +209,9 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
             raise ValueError("Give either `pixel_values` or `detector_features`.")
         annotations = None
         if labels is not None:
-            counts = self.loss_counts(labels) if loss_counts is None else loss_counts
-            annotations = self._pad(labels)._replace(counts=counts)
+            annotations = self._pad(labels)
+            counts = self._count(annotations) if loss_counts is None else loss_counts
+            annotations = annotations._replace(counts=counts)
         if entity_boxes is not None and (labels is not None or detector_features is not None):
             raise ValueError("`entity_boxes` go with images alone, not with labels or features.")
         given = self._given(entity_boxes, entity_labels)
@@ -233,7 +234,9 @@ class SgtrForSceneGraphGeneration(SgtrPreTrainedModel):
 
     def loss_counts(self, labels: Sequence[dict[str, Tensor]], num_batches: int = 1) -> LossCounts:
         """Count what the losses of an update are divided by, as the detector's does."""
-        annotations = self._pad(labels)
+        return self._count(self._pad(labels), num_batches)
+
+    def _count(self, annotations: PaddedAnnotations, num_batches: int = 1) -> LossCounts:
         repetitions = count_repetitions(self.config, annotations)
         return count_annotations(annotations, self.config.num_predicates, num_batches, repetitions)
 

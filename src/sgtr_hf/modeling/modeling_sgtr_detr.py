@@ -1,5 +1,6 @@
 """The detector: DETR (Carion et al. 2020) with learned or anchor queries."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -36,8 +37,10 @@ from .query_selection import QuerySelection, SelectedQueries
 from .transformer_layers import EncoderLayer, PlaceProjection
 
 
-# Size of the box on a cell of the finest level, as a share of the image; doubled at each level.
+# Size of the box on a cell of the finest level, as a share of the image; it doubles as cells do, up
+# to a size from which boxes can still grow.
 CELL_SIZE = 0.15
+LARGEST_CELL = 0.6
 
 
 class SgtrDetrPreTrainedModel(FreezablePreTrainedModel):
@@ -208,6 +211,7 @@ class SgtrDetrModel(SgtrDetrPreTrainedModel):
         """
         check_images(pixel_values, pixel_mask)
         features, positions, masks, cells = [], [], [], []
+        finest = 0
         # Convolutions are a third faster on processors, and on GPUs, with channels last.
         pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         feature_maps = self.backbone(pixel_values).feature_maps
@@ -215,6 +219,8 @@ class SgtrDetrModel(SgtrDetrPreTrainedModel):
             zip(feature_maps, self.input_projections, strict=True)
         ):
             mask = _resize_mask(pixel_mask, feature_map)
+            finest = finest or feature_map.shape[-1]
+            doublings = round(math.log2(finest / feature_map.shape[-1]))
             features.append(projection(feature_map).flatten(2).transpose(1, 2))
             position = grid_sine_embedding(
                 mask,
@@ -227,7 +233,7 @@ class SgtrDetrModel(SgtrDetrPreTrainedModel):
                 position = position + self.level_embedding.weight[level]
             positions.append(position)
             masks.append(mask)
-            cells.append(grid_boxes(mask, CELL_SIZE * 2**level))
+            cells.append(grid_boxes(mask, min(CELL_SIZE * 2**doublings, LARGEST_CELL)))
         memory = ImageMemory(
             torch.cat(features, dim=1),
             torch.cat(positions, dim=1),
@@ -391,6 +397,8 @@ class SgtrDetrForObjectDetection(SgtrDetrPreTrainedModel):
         annotations: PaddedAnnotations,
     ) -> list[AssignmentProblem]:
         """What must be matched: the queries of all levels and, with query selection, the cells."""
+        first = 0 if self.config.auxiliary_loss else -1
+        levels = EntityLevels(levels.logits[first:], levels.boxes[first:])
         predictions = [levels, *_proposals(model_output)]
         return [
             AssignmentProblem(
@@ -412,7 +420,8 @@ class SgtrDetrForObjectDetection(SgtrDetrPreTrainedModel):
             model_output: Of `SgtrDetrModel`, with all levels.
             levels: Read off it by `read_levels`.
             annotations: Padded annotations.
-            matches: Solutions of `matching_problems`, (L, B, T) each.
+            matches: Solutions of `matching_problems`, (L, B, T) each, of the last level alone
+                without `auxiliary_loss`.
         """
         first = 0 if self.config.auxiliary_loss else -1
         losses = detection_losses(
@@ -420,7 +429,7 @@ class SgtrDetrForObjectDetection(SgtrDetrPreTrainedModel):
             levels.logits[first:],
             levels.boxes[first:],
             annotations,
-            matches[0][first:],
+            matches[0],
         )
         hidden_states, boxes, indices = (
             model_output.denoising_hidden_states,

@@ -284,7 +284,9 @@ class PredicateNodeGenerator(nn.Module):
         )
 
     def _with_noised(self, noised: EntityNodes, nodes: EntityNodes) -> EntityNodes:
-        noised = self.entity_embedding(noised)
+        # Boxes and classes of annotations are float32 in any model.
+        tables = zip(noised[:3], nodes[:3], strict=True)
+        noised = self.entity_embedding(EntityNodes(*(one.to(other) for one, other in tables)))
         return EntityNodes(*(join(*tables) for tables in zip(noised[:3], nodes[:3], strict=True)))
 
     def _compose(

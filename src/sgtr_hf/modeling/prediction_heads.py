@@ -96,8 +96,11 @@ def init_head(module: nn.Module) -> None:
 
 def inverse_sigmoid(probability: Tensor, epsilon: float = 1e-5) -> Tensor:
     """Logit of (...) in [0, 1], finite at both ends."""
-    probability = probability.clamp(min=epsilon, max=1 - epsilon)
-    return (probability / (1 - probability)).log()
+    # In half precision 1 - epsilon would be 1.
+    is_half = probability.dtype in (torch.float16, torch.bfloat16)
+    fine = probability.float() if is_half else probability
+    fine = fine.clamp(min=epsilon, max=1 - epsilon)
+    return (fine / (1 - fine)).log().to(probability.dtype)
 
 
 def triplet_class_probabilities(config: SgtrConfig, probabilities: Tensor) -> Tensor:
