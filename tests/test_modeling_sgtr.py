@@ -289,3 +289,12 @@ def test_more_queries_a_relation_need_pairs_for_them(pixel_values):
     )
     model = SgtrForSceneGraphGeneration(config).train()
     assert torch.isfinite(model(pixel_values, labels=random_labels()).loss)
+
+
+def test_legacy_matching_refuses_more_relations_than_it_has_triplets(pixel_values):
+    config = small_config(
+        {"classification": "softmax", "query_type": "learned"}, legacy_triplet_matching=True,
+        num_predicate_queries=1, training_assembling_top_k=1,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="`training_assembling_top_k`"):
+        SgtrForSceneGraphGeneration(config).train()(pixel_values, labels=random_labels())

@@ -45,8 +45,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ImportError,
         StrictDataclassError,
     ) as error:
-        print(f"sgtr-hf {options.command}: {reason_of(error)}", file=sys.stderr)
+        print(f"sgtr-hf {options.command}: {reason_of(error)}{_remedy(error)}", file=sys.stderr)
         return 2
+
+
+def _remedy(error: BaseException) -> str:
+    """How to get a package that is missing, where the command itself does not say it."""
+    if isinstance(error, ModuleNotFoundError):
+        return '; install what training and data need: `pip install "sgtr-hf[train,metrics]"`'
+    return ""
 
 
 def predict(options: argparse.Namespace) -> int:

@@ -253,6 +253,11 @@ def _probability_costs(config: SgtrConfig, probabilities: Tensor) -> Tensor:
 def _match_rows(costs: np.ndarray, top_k: int, *, legacy_conflict_row: bool) -> np.ndarray:
     """Match the rows (Q * K, R) of one image; return the query of each relation, -1 for none."""
     kept = np.argsort(costs.min(1), kind="stable")[:LEGACY_MATCHING_RANGE]
+    if len(kept) < costs.shape[1]:
+        raise ValueError(
+            f"Legacy matching has {len(kept)} assembled triplets for {costs.shape[1]} relations of "
+            "an image; raise `num_predicate_queries` or `training_assembling_top_k`."
+        )
     ranks = solve(costs[kept])
     rows = kept[ranks]
     queries = rows // top_k

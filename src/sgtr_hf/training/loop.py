@@ -272,7 +272,7 @@ class Trainer:
         values = self.task.after_update(model, self.progress)
         if self.average is not None:
             self.average.update_parameters(model)
-        self.bar.advance(self.progress.epoch)
+        self.bar.advance((self.progress.updates - 1) // self.updates_per_epoch)
         if self.progress.updates % self.settings.log_every == 0:
             line: dict[str, float] = {
                 **self.meter.summarize(),

@@ -26,7 +26,7 @@ class ProgressBar:
         """Count an update.
 
         Args:
-            epoch: Epochs done.
+            epoch: That the update belongs to, from 0.
         """
         self._bar.set_description(f"epoch {epoch + 1}", refresh=False)
         self._bar.update()

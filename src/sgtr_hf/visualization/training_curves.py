@@ -79,4 +79,4 @@ def _plot(
     if logarithmic and lines:
         axes.set_yscale("log")
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, framealpha=0.5)
