@@ -123,6 +123,10 @@ class SceneGraphPipeline(Pipeline):
             )
         return super().__call__(inputs, **kwargs)
 
+    def get_inference_context(self) -> Any:
+        """Spare what `no_grad` still does for gradients: there are thousands of small steps."""
+        return torch.inference_mode
+
     def _sanitize_parameters(
         self, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
