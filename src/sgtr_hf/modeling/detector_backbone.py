@@ -4,10 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoBackbone, PreTrainedModel
+from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoBackbone, PreTrainedModel
 
 from ..configuration.configuration_dino_vit import DinoVitConfig
 from ..configuration.configuration_sgtr_detr import SgtrDetrConfig
+from .backbone_freezing import supported_attention
 from .modeling_dino_vit import DinoVitBackbone
 
 
@@ -44,9 +45,15 @@ def make_backbone(config: SgtrDetrConfig) -> PreTrainedModel:
     # `dtype` of `from_pretrained` reaches configurations one level deep; without it a backbone
     # would keep what its own configuration was saved with.
     dtype = torch.get_default_dtype()
-    if getattr(config.backbone_config, "model_type", None) == DinoVitConfig.model_type:
-        return DinoVitBackbone._from_config(config.backbone_config, dtype=dtype)
-    return AutoBackbone.from_config(config.backbone_config, dtype=dtype)
+    backbone_config: Any = config.backbone_config
+    if getattr(backbone_config, "model_type", None) == DinoVitConfig.model_type:
+        return DinoVitBackbone._from_config(backbone_config, dtype=dtype)
+    asked = backbone_config._attn_implementation
+    if asked is not None and type(backbone_config) in MODEL_FOR_BACKBONE_MAPPING:
+        # transformers hands a backend on to all, but convolutions support none.
+        backbone_class = MODEL_FOR_BACKBONE_MAPPING[type(backbone_config)]
+        backbone_config._attn_implementation = supported_attention(backbone_class, asked)
+    return AutoBackbone.from_config(backbone_config, dtype=dtype)
 
 
 def input_projection(channels: int, config: SgtrDetrConfig) -> nn.Module:

@@ -109,15 +109,18 @@ class SgtrDetrModel(SgtrDetrPreTrainedModel):
     def freeze(self) -> None:
         """Stop the training of the backbone's leading stages, and of its batch norms."""
         freeze_backbone(self.backbone, self.config.frozen_backbone_stages)
-        if self.config.freeze_batch_norm:
-            hold_batch_norm(self.backbone)
+        self._hold_batch_norm()
 
     def train(self, mode: bool = True) -> "SgtrDetrModel":
         """Switch modes; frozen batch norms stay in evaluation mode."""
         super().train(mode)
-        if self.config.freeze_batch_norm:
-            hold_batch_norm(self.backbone)
+        self._hold_batch_norm()
         return self
+
+    def _hold_batch_norm(self) -> None:
+        # The norms of a frozen stage are part of it.
+        stages = -1 if self.config.freeze_batch_norm else self.config.frozen_backbone_stages
+        hold_batch_norm(self.backbone, stages)
 
     def forward(
         self,

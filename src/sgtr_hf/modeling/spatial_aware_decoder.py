@@ -130,7 +130,11 @@ class SpatialAwareDecoder(nn.Module):
 
         Returns:
             Normed states (L, B, Q, d_model) and refined anchors (L, B, Q, 4).
+
+        Raises:
+            ValueError: If the attention backend cannot take the bias of `gaussian_attention`.
         """
+        self._check_backend()
         nodes = {
             "memory": entities.features,
             "memory_position": self.entity_position_head(self._embed(entities.boxes.detach())),
@@ -160,6 +164,16 @@ class SpatialAwareDecoder(nn.Module):
             TripletStates(*(torch.stack(role) for role in zip(*levels, strict=True))),
             TripletAnchors(*(torch.stack(role) for role in zip(*boxes, strict=True))),
         )
+
+    def _check_backend(self) -> None:
+        # Here and not at the start, since the backend of a made model can be changed.
+        backend = self.config._attn_implementation or "eager"
+        if self.config.gaussian_attention and ("flash" in backend or "flex" in backend):
+            raise ValueError(
+                f"`gaussian_attention` adds a bias to the attention, which {backend!r} cannot "
+                'take: use `attn_implementation="sdpa"` or "eager", or a model with '
+                "`gaussian_attention=False`."
+            )
 
     def _positions(self, anchors: TripletAnchors) -> TripletStates:
         embedded = self._embed(torch.stack(anchors))
