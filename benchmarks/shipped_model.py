@@ -19,16 +19,17 @@ from sgtr_hf.auto import DEFAULT_CHECKPOINT
 from sgtr_hf.modeling.batch_norm_folding import FoldedInference
 
 
-def median_milliseconds(function: Callable[[], object], repeats: int) -> float:
-    """Return the median time of a call after three warm-up calls."""
-    for _ in range(3):
-        function()
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        function()
-        times.append(1000 * (time.perf_counter() - started))
-    return statistics.median(times)
+def median_milliseconds(stages: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Return the median time of each stage, all in turn: the machine's speed drifts meanwhile."""
+    times: dict[str, list[float]] = {name: [] for name in stages}
+    for repeat in range(repeats + 3):
+        for name, stage in stages.items():
+            started = time.perf_counter()
+            stage()
+            # Three warm-up turns.
+            if repeat >= 3:  # noqa: PLR2004
+                times[name].append(1000 * (time.perf_counter() - started))
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 @torch.inference_mode()
@@ -60,7 +61,7 @@ def main() -> None:
             inputs["pixel_values"]
         ),
     }
-    times = {name: median_milliseconds(stage, options.repeats) for name, stage in stages.items()}
+    times = median_milliseconds(stages, options.repeats)
     whole, reference = times["whole pipeline"], times["reference: backbone alone"]
     print(f"picture {image.width} x {image.height}, {torch.get_num_threads()} threads")
     for name, value in times.items():

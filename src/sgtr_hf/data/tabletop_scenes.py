@@ -388,12 +388,14 @@ class TabletopRenderer:
         scale = mask.size / 256**2
         visible, boxes, areas = [], [], []
         for body in bodies:
-            rows, columns = np.nonzero(mask == body.identifier)
-            if len(rows) < MIN_VISIBLE_PIXELS * scale:
+            is_body = mask == body.identifier
+            area = int(np.count_nonzero(is_body))
+            if area < MIN_VISIBLE_PIXELS * scale:
                 continue
+            rows, columns = (np.flatnonzero(is_body.any(axis)) for axis in (1, 0))
             visible.append(body)
-            areas.append(len(rows))
-            boxes.append([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+            areas.append(area)
+            boxes.append([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
         return visible, np.array(boxes, dtype=np.float64).reshape(-1, 4), areas
 
     def _measure(
@@ -468,8 +470,10 @@ def _develop(
     sky = 255 * (
         rows * random_color(generator, (0.0, 0.4)) + (1 - rows) * random_color(generator, (0, 0.4))
     )
-    values = np.where((mask < 0)[..., None], sky, values)
-    values = values * generator.uniform(0.85, 1.15) + generator.normal(0, 8)
+    is_sky = mask < 0
+    values[is_sky] = np.broadcast_to(sky, values.shape)[is_sky]
+    values *= generator.uniform(0.85, 1.15)
+    values += generator.normal(0, 8)
     values += generator.normal(0, generator.uniform(0, 6), values.shape)
-    image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    image = Image.fromarray(values.clip(0, 255, out=values).astype(np.uint8))
     return image.filter(ImageFilter.GaussianBlur(float(generator.uniform(0, 0.7))))
