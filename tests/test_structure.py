@@ -45,6 +45,7 @@ ALLOWED = {
     "pathlib",
     "types",
     "typing",
+    "warnings",
 }
 # Each part may use what stands before it.
 LAYERS = ("configuration", "losses", "modeling", "image_processing", "pipelines")

@@ -3,6 +3,7 @@
 Comparisons ask for what is allowed, so that NaN, which is neither above nor below anything, fails.
 """
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
@@ -27,15 +28,15 @@ class CheckedConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Check the classes before transformers makes up names or turns keys into integers."""
-        self._reject_misspelt(kwargs)
+        self._warn_of_misspelt(kwargs)
         check_num_labels(kwargs)
         self.validate_labels()
         super().__post_init__(**kwargs)
 
-    def _reject_misspelt(self, others: Iterable[str]) -> None:
-        """Reject a name that is nearly one of a field; transformers stores what it does not know.
+    def _warn_of_misspelt(self, others: Iterable[str]) -> None:
+        """Warn of a name that is nearly one of a field.
 
-        Others stay: files of configurations hold more than fields.
+        No error: transformers stores what it does not know, and its users rely on that.
         """
         known = [field.name for field in fields(self)]
         for name in others:
@@ -43,8 +44,9 @@ class CheckedConfig(PreTrainedConfig):
                 continue
             alike = get_close_matches(name, known, n=1, cutoff=0.85)
             if alike:
-                raise TypeError(
-                    f"{type(self).__name__} has no field `{name}`; did you mean `{alike[0]}`?"
+                warnings.warn(
+                    f"{type(self).__name__} has no field `{name}`; did you mean `{alike[0]}`?",
+                    stacklevel=2,
                 )
 
     def validate_activation(self) -> None:
