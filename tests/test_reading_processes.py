@@ -24,9 +24,12 @@ class Broken:
 
 def test_an_error_of_a_worker_is_told_without_its_traceback():
     loader = DataLoader(Broken(), num_workers=1, worker_init_fn=prepare_worker)
+    batches = iter(loader)
     with pytest.raises(ValueError, match="Original Traceback") as caught:
-        next(iter(loader))
+        next(batches)
     assert reason_of(caught.value) == "Image 0: it is\nbroken."
+    # The error would keep the process alive for other tests.
+    batches._shutdown_workers()
     assert reason_of(ValueError("plain")) == "plain"
 
 

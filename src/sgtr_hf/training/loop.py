@@ -255,14 +255,16 @@ class Trainer:
         try:
             return self.task.compute_losses(self.model, batch, self.progress)
         except ValueError as error:
-            raise ValueError(f"{error} This was {self._place(batches)}.") from error
+            raise ValueError(
+                f"{error} This was after update {self.progress.updates}, {self._origin(batches)}."
+            ) from error
 
-    def _place(self, batches: list[dict[str, Any]]) -> str:
-        """Name the update and the images of this process."""
+    def _origin(self, batches: list[dict[str, Any]]) -> str:
+        """Name the images and this process."""
         images = [name for batch in batches for name in self.task.image_ids(batch)]
         return (
-            f"after update {self.progress.updates}, with the images "
-            f"{', '.join(images) or 'without names'} on process {self.accelerator.process_index}"
+            f"with the images {', '.join(images) or 'without names'} on process "
+            f"{self.accelerator.process_index}"
         )
 
     def _after_update(self) -> None:
@@ -294,7 +296,8 @@ class Trainer:
             return
         entries = ", ".join(f"{name} {loss.item():.3g}" for name, loss in losses.items())
         raise FloatingPointError(
-            f"Loss or gradient is not finite {self._place(batches)} ({entries}). "
+            f"Loss or gradient is not finite after update {self.progress.updates} ({entries}), "
+            f"{self._origin(batches)}. "
             "Lower `training.learning_rate`, clip gradients more, check the images, or use "
             "`training.mixed_precision=no`; the last checkpoint is as it was."
         )
