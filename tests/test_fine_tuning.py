@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import pytest
 import yaml
 from transformers import pipeline
 
@@ -25,7 +24,6 @@ def test_the_guide_shows_the_recipe_that_ships():
     assert len(entries) <= 10
 
 
-@pytest.mark.slow
 def test_the_guide_works_when_followed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     source = files.write_coco_rel(tmp_path / "annotations")

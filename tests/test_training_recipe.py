@@ -1,6 +1,12 @@
 import pytest
 
-from sgtr_hf import SgtrDetrConfig, SgtrDetrForObjectDetection, SgtrImageProcessor
+from sgtr_hf import (
+    SgtrDetrConfig,
+    SgtrDetrForObjectDetection,
+    SgtrForSceneGraphGeneration,
+    SgtrImageProcessor,
+)
+from sgtr_hf.auto import DEFAULT_CHECKPOINT
 from sgtr_hf.training.command import run_recipe
 from sgtr_hf.training.recipe import Recipe, TrainingSettings, load_recipe
 from sgtr_hf.training.setup_run import make_image_processor, make_model
@@ -221,3 +227,19 @@ def test_the_command_reports_mistakes_in_one_line(monkeypatch, recipe_file, argu
     with pytest.raises(SystemExit) as error:
         run_recipe("Train.", task="detection")
     assert words in str(error.value)
+
+
+def test_the_shipped_model_learns_other_classes_and_predicates(tmp_path):
+    recipe = make_recipe("data", tmp_path, task="scene_graph")
+    recipe.pretrained_model, recipe.image_processor, recipe.model = DEFAULT_CHECKPOINT, {}, {}
+    model = make_model(recipe, {0: "cat", 1: "dog", 2: "bird"}, {0: "chases", 1: "sees"})
+    # All that knows classes or predicates begins anew, the rest is as trained.
+    trained = SgtrForSceneGraphGeneration.from_pretrained(DEFAULT_CHECKPOINT).state_dict()
+    changed = {
+        name for name, tensor in model.state_dict().items() if not tensor.equal(trained[name])
+    }
+    assert all("class" in name or "predicate_head" in name for name in changed)
+    assert "model.predicate_node_generator.entity_embedding.class_projection.weight" in changed
+    recipe.model = {"num_predicate_queries": 7, "feed_forward_dim": 12}
+    with pytest.raises(ValueError, match="leave out the entry that changes it"):
+        make_model(recipe, {0: "cat", 1: "dog", 2: "bird"}, {0: "chases", 1: "sees"})

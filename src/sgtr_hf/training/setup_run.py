@@ -197,18 +197,33 @@ def _load_pretrained_model(
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
-    _check_mismatches(source, report["mismatched_keys"])
+    _check_mismatches(source, report["mismatched_keys"], (trained, config))
     return model
 
 
-def _check_mismatches(source: str, mismatched: Collection[tuple[str, Any, Any]]) -> None:
-    """Let only what depends on the number of classes begin anew."""
-    for name, found, wanted in mismatched:
-        # Class heads and label embeddings have as many rows as there are classes or predicates.
-        if tuple(found)[1:] != tuple(wanted)[1:] or len(found) > 2:  # noqa: PLR2004 - a matrix
+def _check_mismatches(
+    source: str,
+    mismatched: Collection[tuple[str, Any, Any]],
+    configs: tuple[PreTrainedConfig, PreTrainedConfig],
+) -> None:
+    """Let only what depends on the number of classes or predicates begin anew.
+
+    Args:
+        source: What was loaded.
+        mismatched: Name, shape in the file and shape in the model.
+        configs: Of the file and of the model.
+    """
+    allowed = set()
+    for names in ("id2label", "id2predicate"):
+        found, wanted = (len(getattr(config, names, ())) for config in configs)
+        # Softmax heads have one column more, for background.
+        allowed |= {(found, wanted), (found + 1, wanted + 1)}
+    for name, found_shape, wanted_shape in mismatched:
+        sides = zip(found_shape, wanted_shape, strict=True)
+        if not all(pair in allowed for pair in sides if pair[0] != pair[1]):
             raise ValueError(
-                f"`pretrained_model` {source} has `{name}` of shape {tuple(found)}, the recipe's "
-                f"`model` {tuple(wanted)}; leave out the entry that changes it."
+                f"`pretrained_model` {source} has `{name}` of shape {tuple(found_shape)}, the "
+                f"recipe's `model` {tuple(wanted_shape)}; leave out the entry that changes it."
             )
 
 
